@@ -1,0 +1,46 @@
+"""framesink: live video through a vision-language model.
+
+The public surface. Everything is imported on first use, so that `import framesink` costs nothing
+and a host needs only the packages of the parts it calls.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from framesink.runtime.engine import StreamingEngine
+    from framesink.runtime.errors import FramesinkError
+    from framesink.runtime.events import Event, EventKind
+    from framesink.runtime.policies import FullAttention, SinkWindow, SlidingWindow
+    from framesink.runtime.sampler import SamplingParams
+    from framesink.runtime.session import Session
+
+_HOMES = {
+    "Event": "framesink.runtime.events",
+    "EventKind": "framesink.runtime.events",
+    "FramesinkError": "framesink.runtime.errors",
+    "FullAttention": "framesink.runtime.policies",
+    "SamplingParams": "framesink.runtime.sampler",
+    "Session": "framesink.runtime.session",
+    "SinkWindow": "framesink.runtime.policies",
+    "SlidingWindow": "framesink.runtime.policies",
+    "StreamingEngine": "framesink.runtime.engine",
+}
+
+__all__ = [
+    "Event",
+    "EventKind",
+    "FramesinkError",
+    "FullAttention",
+    "SamplingParams",
+    "Session",
+    "SinkWindow",
+    "SlidingWindow",
+    "StreamingEngine",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'framesink' has no attribute {name!r}")

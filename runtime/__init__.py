@@ -1,0 +1,1 @@
+"""Live: frames in, text out, from a bounded paged KV cache."""

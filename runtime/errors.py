@@ -1,0 +1,47 @@
+"""Errors a caller can act on: one clear sentence, and the exit code the command line ends with."""
+
+
+class FramesinkError(Exception):
+    """Base of every error framesink raises on purpose; the message is one sentence for a person."""
+
+    exit_code = 1
+
+
+class CheckpointError(FramesinkError):
+    """A checkpoint directory is missing, truncated, of an unknown architecture, or inconsistent."""
+
+    exit_code = 3
+
+
+class BundleError(FramesinkError):
+    """An engine bundle is missing, damaged, or made for another machine."""
+
+    exit_code = 4
+
+
+class VideoError(FramesinkError):
+    """A video source is missing, empty, unreadable, or stopped delivering."""
+
+    exit_code = 5
+
+
+class CapacityError(FramesinkError):
+    """Something does not fit: context, page pool, memory, disk, or the number of sessions."""
+
+    exit_code = 6
+
+
+class BuildError(FramesinkError):
+    """Authoring, compiling or writing an engine failed."""
+
+    exit_code = 7
+
+
+class VerificationError(FramesinkError):
+    """A bundle disagrees with its checkpoint by more than it may."""
+
+    exit_code = 8
+
+
+class SessionClosedError(FramesinkError):
+    """A session was used after it was closed."""

@@ -1,0 +1,1 @@
+"""Executors: where the weights and the K/V pages live."""

@@ -1,0 +1,70 @@
+"""The border between integers and tensors: what an executor is given and gives back.
+
+Above it (sessions, scheduler, policies) everything is integers and host arrays; below it live the
+weights and the K/V pages. One dataclass per direction.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from framesink.runtime.arrays import BoolArray, Float32Array, Int32Array
+from framesink.runtime.preprocess import Grid
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ContextView:
+    """The K/V rows a sequence may attend to.
+
+    `block_table` int32 `[P]`, P ≥ 1: pages in the order they are read. Row `r` of page
+    `block_table[p]` is slot `p * page_size + r` of the view. `positions` int32
+    `[3, P * page_size]`: M-RoPE position (t, h, w) of every slot, 0 where invalid. `valid` bool
+    `[P * page_size]`: whether a slot holds a row of this sequence.
+    """
+
+    block_table: Int32Array
+    positions: Int32Array
+    valid: BoolArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SequenceInput:
+    """One session's share of a step: s ≥ 1 new tokens, appended after its context.
+
+    `token_ids` int32 `[s]`. `vision_embeddings` float32 `[v, hidden]` replaces, in order, the
+    embeddings of the v video placeholder tokens among them (None when there are none).
+    `positions` int32 `[3, s]`. `slots` int32 `[s]`: where each new K/V row goes, as
+    `page * page_size + row`. `context` does not include the new tokens.
+    `needs_logits` is False for a prefill part that is not the last of its prompt.
+    """
+
+    token_ids: Int32Array
+    vision_embeddings: Float32Array | None
+    positions: Int32Array
+    slots: Int32Array
+    context: ContextView
+    needs_logits: bool
+
+
+class Executor(Protocol):
+    """Runs the model and owns the K/V pages. Used from one thread only."""
+
+    name: str
+    page_size: int
+    num_pages: int
+
+    def encode_vision(self, patches: Float32Array, grid: Grid) -> Float32Array:
+        """Patches float32 `[t·h·w, patch_dim]` to embeddings float32 `[t·h·w / merge², hidden]`."""
+        ...
+
+    def step(self, batch: Sequence[SequenceInput]) -> list[Float32Array | None]:
+        """Run one in-flight batch; the new K/V rows are in their slots when it returns.
+
+        Returns per sequence the logits float32 `[vocab]` of its last token, or None where they
+        were not asked for.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free weights and pages."""
+        ...

@@ -1,0 +1,1 @@
+"""Pages, spans and positions of the KV cache: integers only."""

@@ -1,0 +1,129 @@
+"""`manifest.json` of an engine bundle: what is inside, and what it needs to run."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from framesink.runtime.models.config import ModelConfig
+from framesink.runtime.preprocess import PreprocessConfig
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+ComputeType = Literal["float16", "bfloat16", "float32"]
+Precision = Literal["fp16", "bf16", "fp8", "int8"]
+CachePrecision = Literal["fp16", "bf16", "fp32", "fp8", "int8"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TensorSpec(_Model):
+    """A graph input or output; a string is a dynamic dimension's name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class ProfileShape(_Model):
+    """Smallest, best and largest shape of one input in one optimization profile."""
+
+    minimum: tuple[int, ...]
+    optimum: tuple[int, ...]
+    maximum: tuple[int, ...]
+
+
+class OptimizationProfile(_Model):
+    """One TensorRT optimization profile."""
+
+    name: str
+    inputs: dict[str, ProfileShape]
+
+
+class GraphSpec(_Model):
+    """An ONNX graph of a part, in one compute type; its weights lie in the bundle's safetensors."""
+
+    path: str
+    compute_type: ComputeType
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class PlanSpec(_Model):
+    """A TensorRT plan of a part. A plan cannot be inspected without a GPU, so all that a loader
+    must know is written here at build time."""
+
+    path: str
+    builder: Literal["tensorrt", "tensorrt_rtx"]
+    builder_version: str
+    targets: tuple[str, ...] = Field(description="SM names, such as sm89")
+    compute_type: ComputeType
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profiles: tuple[OptimizationProfile, ...]
+
+
+class PartSpec(_Model):
+    """One model part: the graph ONNX Runtime executes, the graph the plans were compiled from."""
+
+    precision: Precision
+    executed: GraphSpec
+    compiled: GraphSpec
+    plans: tuple[PlanSpec, ...]
+
+
+class Limits(_Model):
+    """What the profiles were built for. Lengths are in tokens, `max_patches` in ViT patches."""
+
+    max_streams: int
+    max_context: int
+    max_prefill: int
+    max_patches: int
+
+
+class StreamingDefaults(_Model):
+    """How a session runs unless told otherwise; times in seconds of video, the rest in tokens."""
+
+    system_prompt: str = "You are a helpful assistant."
+    chunk_seconds: float = 1.0
+    sink_text: int = 512
+    recent_text: int = 512
+    vision_seconds: float = 16.0
+    reply_turns: int = 16
+    max_new_tokens: int = 20
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    query: str | None = None
+
+
+class FileRecord(_Model):
+    """Size in bytes and SHA-256 (hex) of one file."""
+
+    size: int
+    sha256: str
+
+
+class Manifest(_Model):
+    """The whole of `manifest.json`."""
+
+    schema_version: int = SCHEMA_VERSION
+    framesink_version: str
+    created: str
+    model_name: str
+    model: ModelConfig
+    preprocess: PreprocessConfig
+    page_size: int
+    cache_precision: CachePrecision
+    limits: Limits
+    streaming: StreamingDefaults
+    language_model: PartSpec
+    vision_encoder: PartSpec
+    embedding_tensor: str = Field(description="name of the token embedding in the weights file")
+    weights: tuple[str, ...]
+    versions: dict[str, str]
+    activation_ranges: str | None = None
+    files: dict[str, FileRecord]

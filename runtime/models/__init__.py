@@ -1,0 +1,1 @@
+"""Model configuration, weight names, and lazy checkpoint reading."""

@@ -1,0 +1,1 @@
+"""Which spans stay in the context: pure functions of the span list."""

@@ -1,0 +1,1 @@
+"""Video sources, capture, and cutting into chunks."""
