@@ -1,0 +1,1 @@
+"""What framesink is tested against: a tiny checkpoint and a dense streaming implementation."""
