@@ -1,0 +1,1 @@
+"""TensorRT plans: which builder, which profiles, and the compilation itself, part by part."""
