@@ -15,12 +15,12 @@ def current_sm() -> str | None:
     device = ctypes.c_int()
     major = ctypes.c_int()
     minor = ctypes.c_int()
-    calls = (
-        lambda: cuda.cuInit(0),
-        lambda: cuda.cuDeviceGet(ctypes.byref(device), 0),
-        lambda: cuda.cuDeviceGetAttribute(ctypes.byref(major), _COMPUTE_CAPABILITY_MAJOR, device),
-        lambda: cuda.cuDeviceGetAttribute(ctypes.byref(minor), _COMPUTE_CAPABILITY_MINOR, device),
-    )
-    if any(call() != 0 for call in calls):
+    if cuda.cuInit(0) != 0 or cuda.cuDeviceGet(ctypes.byref(device), 0) != 0:
         return None
+    for value, attribute in (
+        (major, _COMPUTE_CAPABILITY_MAJOR),
+        (minor, _COMPUTE_CAPABILITY_MINOR),
+    ):
+        if cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device) != 0:
+            return None
     return f"sm{major.value}{minor.value}"

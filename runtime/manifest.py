@@ -1,8 +1,9 @@
 """`manifest.json` of an engine bundle: what is inside, and what it needs to run."""
 
-from typing import Literal
+from pathlib import PurePosixPath
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
 
 from framesink.runtime.models.config import ModelConfig
 from framesink.runtime.preprocess import PreprocessConfig
@@ -13,6 +14,24 @@ MANIFEST_NAME = "manifest.json"
 ComputeType = Literal["float16", "bfloat16", "float32"]
 Precision = Literal["fp16", "bf16", "fp8", "int8"]
 CachePrecision = Literal["fp16", "bf16", "fp32", "fp8", "int8"]
+PartName = Literal["language_model", "vision_encoder"]
+
+
+def _stay_inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if (
+        not path.parts
+        or path.is_absolute()
+        or str(path) != name
+        or ".." in path.parts
+        or any(character in name for character in "\\\0")
+    ):
+        raise ValueError("a file must be named by a plain path inside the bundle")
+    return name
+
+
+# A POSIX path relative to the bundle's directory that cannot leave it.
+BundlePath = Annotated[str, AfterValidator(_stay_inside)]
 
 
 class _Model(BaseModel):
@@ -45,7 +64,7 @@ class OptimizationProfile(_Model):
 class GraphSpec(_Model):
     """An ONNX graph of a part, in one compute type; its weights lie in the bundle's safetensors."""
 
-    path: str
+    path: BundlePath
     compute_type: ComputeType
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -55,7 +74,7 @@ class PlanSpec(_Model):
     """A TensorRT plan of a part. A plan cannot be inspected without a GPU, so all that a loader
     must know is written here at build time."""
 
-    path: str
+    path: BundlePath
     builder: Literal["tensorrt", "tensorrt_rtx"]
     builder_version: str
     targets: tuple[str, ...] = Field(description="SM names, such as sm89")
@@ -77,10 +96,10 @@ class PartSpec(_Model):
 class Limits(_Model):
     """What the profiles were built for. Lengths are in tokens, `max_patches` in ViT patches."""
 
-    max_streams: int
-    max_context: int
-    max_prefill: int
-    max_patches: int
+    max_streams: PositiveInt
+    max_context: PositiveInt
+    max_prefill: PositiveInt
+    max_patches: PositiveInt
 
 
 class StreamingDefaults(_Model):
@@ -116,14 +135,27 @@ class Manifest(_Model):
     model_name: str
     model: ModelConfig
     preprocess: PreprocessConfig
-    page_size: int
+    page_size: PositiveInt
     cache_precision: CachePrecision
     limits: Limits
     streaming: StreamingDefaults
     language_model: PartSpec
     vision_encoder: PartSpec
     embedding_tensor: str = Field(description="name of the token embedding in the weights file")
-    weights: tuple[str, ...]
+    weights: tuple[BundlePath, ...]
     versions: dict[str, str]
-    activation_ranges: str | None = None
-    files: dict[str, FileRecord]
+    activation_ranges: BundlePath | None = None
+    files: dict[BundlePath, FileRecord]
+
+    def part(self, name: PartName) -> PartSpec:
+        """A model part by its name."""
+        return self.language_model if name == "language_model" else self.vision_encoder
+
+    def named_files(self) -> set[str]:
+        """Every file that some field of the manifest points to."""
+        names = {*self.weights}
+        if self.activation_ranges is not None:
+            names.add(self.activation_ranges)
+        for part in (self.language_model, self.vision_encoder):
+            names |= {part.executed.path, part.compiled.path, *(plan.path for plan in part.plans)}
+        return names
