@@ -1,0 +1,142 @@
+"""What both graphs are made of: inputs, weights, linear layers, norms, rotary, attention.
+
+Each helper emits native operators of opset 24 that ONNX Runtime executes and TensorRT compiles.
+Nodes are named by the scope they were emitted in (`layers.0/self_attn/q_proj/MatMul_node_12`), so a
+name in a viewer, a profile or a builder's message leads back to the code.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeAlias
+
+import onnx_ir as ir
+from onnxscript import GraphBuilder
+
+from framesink.runtime.manifest import ComputeType
+from framesink.runtime.models.safetensors import TensorInfo
+
+OPSET = 24
+IR_VERSION = 11
+DATA_TYPES: Mapping[str, ir.DataType] = {
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+    "float32": ir.DataType.FLOAT,
+}
+PRODUCER = "framesink"
+
+WeightMap: TypeAlias = Mapping[str, ir.ExternalTensor]
+Dimension: TypeAlias = int | str
+
+
+def external_weights(tensors: Mapping[str, TensorInfo]) -> dict[str, ir.ExternalTensor]:
+    """Tensors of safetensors files as graph weights that only point at their bytes.
+
+    A graph that uses them must be saved in the directory that holds the files. Tensors of other
+    than float types are left out.
+    """
+    return {
+        name: ir.ExternalTensor(
+            location=info.file.name,
+            offset=info.offset,
+            length=info.nbytes,
+            dtype=DATA_TYPES[info.dtype],
+            shape=ir.Shape(info.shape),
+            name=name,
+            base_dir=info.file.parent,
+        )
+        for name, info in tensors.items()
+        if info.dtype in DATA_TYPES
+    }
+
+
+class GraphAuthor:
+    """Writes one graph. `weights` are emitted as they are and cast to `compute_type` in the graph
+    where they differ from it (a reader folds that cast at load)."""
+
+    def __init__(self, name: str, weights: WeightMap, compute_type: ComputeType) -> None:
+        self._graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name)
+        self._builder = GraphBuilder(self._graph)
+        self._weights = weights
+        self._emitted: dict[str, ir.Value] = {}
+        self.op = self._builder.op
+        self.compute_type = DATA_TYPES[compute_type]
+
+    def input(
+        self, name: str, shape: tuple[Dimension, ...], dtype: ir.DataType | None = None
+    ) -> ir.Value:
+        """A graph input, of the compute type unless told otherwise; strings are dynamic."""
+        return self._builder.input(name, dtype or self.compute_type, shape)
+
+    def output(
+        self, value: ir.Value, name: str, shape: tuple[Dimension, ...], dtype: ir.DataType
+    ) -> None:
+        """Make a value a graph output."""
+        value.type = ir.TensorType(dtype)
+        value.shape = ir.Shape(shape)
+        self._builder.add_output(value, name)
+
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Nodes emitted inside carry `name` in theirs."""
+        self._builder.push_module(name)
+        try:
+            yield
+        finally:
+            self._builder.pop_module()
+
+    def weight(self, name: str) -> ir.Value:
+        """A weight in the compute type, emitted once."""
+        if name not in self._emitted:
+            tensor = self._weights[name]
+            value = self._builder.initializer(tensor, name, qualify=False)
+            if tensor.dtype != self.compute_type:
+                value = self.op.Cast(value, to=self.compute_type)
+            self._emitted[name] = value
+        return self._emitted[name]
+
+    def linear(self, x: ir.Value, name: str, *, bias: bool = True) -> ir.Value:
+        """`x Wᵀ + b` over the last axis: the one place where a linear layer is emitted."""
+        with self.scope(name.rpartition(".")[2]):
+            matrix = self.op.Transpose(self.weight(f"{name}.weight"), perm=[1, 0])
+            product = self.op.MatMul(x, matrix)
+            return self.op.Add(product, self.weight(f"{name}.bias")) if bias else product
+
+    def rms_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value:
+        """RMSNorm over the last axis; the mean square is taken in float32 (`stash_type`)."""
+        with self.scope(name.rpartition(".")[2]):
+            return self.op.RMSNormalization(
+                x, self.weight(f"{name}.weight"), axis=-1, epsilon=epsilon, stash_type=1
+            )
+
+    def gated_mlp(self, x: ir.Value, name: str, *, bias: bool) -> ir.Value:
+        """SwiGLU: `down(silu(gate(x)) · up(x))`."""
+        with self.scope("mlp"):
+            gate = self.linear(x, f"{name}.gate_proj", bias=bias)
+            # Two operators: TensorRT makes six layers of Swish.
+            activated = self.op.Mul(gate, self.op.Sigmoid(gate))
+            product = self.op.Mul(activated, self.linear(x, f"{name}.up_proj", bias=bias))
+            return self.linear(product, f"{name}.down_proj", bias=bias)
+
+    def split_heads(self, x: ir.Value, heads: int, head_dim: int) -> ir.Value:
+        """`[B,s,heads·D]` to `[B,heads,s,D]`."""
+        split = self.op.Reshape(x, [0, 0, heads, head_dim])
+        return self.op.Transpose(split, perm=[0, 2, 1, 3])
+
+    def merge_heads(self, x: ir.Value, width: int) -> ir.Value:
+        """`[B,heads,s,D]` to `[B,s,heads·D]`; `width` is heads·D."""
+        return self.op.Reshape(self.op.Transpose(x, perm=[0, 2, 1, 3]), [0, 0, width])
+
+    def rotate(self, x: ir.Value, cos: ir.Value, sin: ir.Value) -> ir.Value:
+        """Rotary embedding of `[B,heads,s,D]` by per-token tables `[B,s,D/2]`."""
+        return self.op.RotaryEmbedding(x, cos, sin, interleaved=0)
+
+    def attention(
+        self, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value, head_dim: int
+    ) -> ir.Value:
+        """Scaled dot-product attention of `[B,heads,s,D]`; fewer key than query heads means
+        grouped queries. `mask` is added to the scores: `[B,1,s,keys]` of the compute type."""
+        return self.op.Attention(query, key, value, mask, scale=head_dim**-0.5)
+
+    def finish(self) -> ir.Model:
+        """The whole model."""
+        return ir.Model(self._graph, ir_version=IR_VERSION, producer_name=PRODUCER)
