@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from reference.tiny_tokenizer import train_tokenizer, write_tokenizer
+from reference.tiny_tokenizer import SPECIAL_TOKENS, train_tokenizer, write_tokenizer
 
 VOCABULARY_SIZE = 600
 MIN_PIXELS = 56 * 56
@@ -26,7 +26,8 @@ def write_tiny_checkpoint(directory: Path, *, seed: int = 7) -> None:
 
     The weights are larger than a fresh model's, so that every token depends on its whole context
     and logits are well apart; K has a large bias, as Qwen2.5's has. `<|im_end|>` and ` ...` are
-    made likely, the former most of all after the latter, so that replies end, and some are silent.
+    made likely, the former most of all after the latter, so that replies end, and some are silent;
+    the other special tokens are never said.
     """
     import torch
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -39,6 +40,7 @@ def write_tiny_checkpoint(directory: Path, *, seed: int = 7) -> None:
     turn_end = tokenizer.token_to_id("<|im_end|>")
     end_of_text = tokenizer.token_to_id("<|endoftext|>")
     (closing,) = tokenizer.encode(" ...").ids
+    (newline,) = tokenizer.encode("\n").ids
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": tokenizer.get_vocab_size(with_added_tokens=True),
@@ -82,6 +84,9 @@ def write_tiny_checkpoint(directory: Path, *, seed: int = 7) -> None:
     def normal(shape: torch.Size, deviation: float) -> torch.Tensor:
         return torch.randn(shape, generator=generator) * deviation
 
+    def unit(vector: torch.Tensor) -> torch.Tensor:
+        return vector / vector.norm()
+
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("k_proj.bias"):
@@ -98,11 +103,15 @@ def write_tiny_checkpoint(directory: Path, *, seed: int = 7) -> None:
                 inputs = parameter[0].numel()
                 parameter.copy_(normal(parameter.shape, 1.2 * inputs**-0.5))
         head = model.lm_head.weight
-        head[turn_end] *= 1.3
-        head[closing] *= 1.6
-        # What the residual stream carries from ` ...` points at `<|im_end|>`.
+        for token in SPECIAL_TOKENS:
+            if token not in ("<|im_end|>", "<|endoftext|>"):
+                head[tokenizer.token_to_id(token)] = 0.0
+        # The residual stream carries a token's embedding to the head: there, a newline (the end
+        # of `assistant\n`) points at ` ...`, and ` ...` at `<|im_end|>`.
         embeddings = model.model.language_model.embed_tokens.weight
-        embeddings[closing] = 6.0 * head[turn_end] / head[turn_end].norm()
+        head[closing] = 3.0 * head[closing] + 8.0 * unit(embeddings[newline])
+        head[turn_end] *= 2.0
+        embeddings[closing] = 6.0 * unit(head[turn_end])
     model.generation_config.bos_token_id = end_of_text
     model.generation_config.eos_token_id = [turn_end, end_of_text]
     model.generation_config.pad_token_id = end_of_text
