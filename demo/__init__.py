@@ -1,0 +1,1 @@
+"""The demo world: its scenes and videos, the model trained on it, and the model's evaluation."""
