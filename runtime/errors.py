@@ -43,5 +43,11 @@ class VerificationError(FramesinkError):
     exit_code = 8
 
 
+class OutputError(FramesinkError):
+    """A file the user asked for cannot be written."""
+
+    exit_code = 9
+
+
 class SessionClosedError(FramesinkError):
     """A session was used after it was closed."""

@@ -6,6 +6,7 @@ Source: `transformers` `models/qwen2_vl/image_processing_qwen2_vl.py` (`smart_re
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -111,19 +112,30 @@ def patchify(frames: UInt8Array, config: PreprocessConfig) -> tuple[Float32Array
     merger expects (merge × merge blocks are consecutive), and the grid.
     """
     temporal, patch, merge = config.temporal_patch_size, config.patch_size, config.merge_size
-    missing = -len(frames) % temporal
-    if missing:
-        frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
-    count, height, width, channels = frames.shape
-    grid = Grid(count // temporal, height // patch, width // patch)
-    scale = (1.0 / (255.0 * np.asarray(config.std))).astype(np.float32)
-    shift = (-np.asarray(config.mean) / np.asarray(config.std)).astype(np.float32)
-    pixels = frames.astype(np.float32) * scale + shift
-    blocks = pixels.reshape(
-        grid.t, temporal, grid.h // merge, merge, patch, grid.w // merge, merge, patch, channels
+    count, height, width = frames.shape[:3]
+    grid = Grid(-(-count // temporal), height // patch, width // patch)
+    down, across = grid.h // merge, grid.w // merge
+    table = _normalised_levels(config)
+    patches = np.empty(
+        (grid.t, down, across, merge, merge, 3, temporal, patch, patch), dtype=np.float32
     )
-    ordered = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
-    return np.ascontiguousarray(ordered).reshape(grid.patches, config.patch_dim), grid
+    for index in range(grid.t * temporal):
+        step, place = divmod(index, temporal)
+        for channel, plane in enumerate(cv2.split(frames[min(index, count - 1)])):
+            blocks = cv2.LUT(plane, table[channel]).reshape(
+                down, merge, patch, across, merge, patch
+            )
+            patches[step, :, :, :, :, channel, place] = blocks.transpose(0, 3, 1, 4, 2, 5)
+    return patches.reshape(grid.patches, config.patch_dim), grid
+
+
+@lru_cache(maxsize=8)
+def _normalised_levels(config: PreprocessConfig) -> Float32Array:
+    """What each of the 256 levels of each channel becomes: float32 `[3, 256]`."""
+    levels = np.arange(256) / 255.0
+    mean, std = np.asarray(config.mean)[:, None], np.asarray(config.std)[:, None]
+    table: Float32Array = ((levels - mean) / std).astype(np.float32)
+    return table
 
 
 def frames_to_patches(

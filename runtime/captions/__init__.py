@@ -1,0 +1,1 @@
+"""Captions on disk: WebVTT for players, JSONL for programs."""
