@@ -46,7 +46,7 @@ class DenseModel:
     @property
     def rows(self) -> int:
         """Cached rows."""
-        return self.keys[0].shape[1]
+        return len(self.keys[0][0])
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep the given rows, in the given order; this drops, moves and cuts."""
