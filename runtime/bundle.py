@@ -97,7 +97,7 @@ class Bundle:
                 return plan
         built = ", ".join(target for plan in plans for target in plan.targets)
         raise BundleError(
-            f"The bundle {self.directory} has no {part} plan for {sm}, the GPU of this machine, only "
+            f"The bundle {self.directory} has no {part} plan for {sm} (this machine), only "
             f"for {built}; build it again with --target {sm}."
         )
 

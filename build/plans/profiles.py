@@ -1,11 +1,14 @@
 """Optimization profiles: the range of shapes a plan serves, derived from the bundle's limits."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from framesink.runtime.errors import BuildError
 from framesink.runtime.manifest import Limits, OptimizationProfile, ProfileShape, TensorSpec
-from framesink.runtime.models.config import ModelConfig
+from framesink.runtime.models.config import VisionConfig
+from framesink.runtime.models.vision_segments import window_patches
+from framesink.runtime.preprocess import PreprocessConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,31 +33,61 @@ def language_model_profiles(
     Raises BuildError when a graph input has a dynamic dimension that no limit bounds.
     """
     streams, pages = limits.max_streams, pages_per_stream(limits, page_size)
-    prefill = DimensionRange(1, limits.max_prefill, limits.max_prefill)
-    decode = DimensionRange(1, 1, 1)
-    profiles = []
-    for name, batch_optimum, new_tokens in (("prefill", 1, prefill), ("decode", streams, decode)):
-        table = DimensionRange(1, pages, pages)
+    table = DimensionRange(1, pages, pages)
+    context = _scaled(table, page_size)
+    pool = DimensionRange(1, streams * pages + 1, streams * pages + 1)
+
+    def profile(name: str, batch: DimensionRange, new: DimensionRange) -> OptimizationProfile:
         ranges = {
-            "batch": DimensionRange(1, batch_optimum, streams),
-            "new_tokens": new_tokens,
+            "batch": batch,
+            "new": new,
             "pages": table,
-            "context_tokens": _scaled(table, page_size),
-            "total_tokens": _added(_scaled(table, page_size), new_tokens),
-            "pool_pages": DimensionRange(1, streams * pages + 1, streams * pages + 1),
+            "context": context,
+            "keys": _added(context, new),
+            "pool": pool,
         }
-        profiles.append(_profile(name, inputs, ranges))
-    return profiles[0], profiles[1]
+        return _profile(name, inputs, ranges)
+
+    return (
+        profile(
+            "prefill",
+            DimensionRange(1, 1, streams),
+            DimensionRange(1, limits.max_prefill, limits.max_prefill),
+        ),
+        profile("decode", DimensionRange(1, streams, streams), DimensionRange(1, 1, 1)),
+    )
 
 
 def vision_profiles(
-    inputs: Sequence[TensorSpec], limits: Limits, config: ModelConfig
+    inputs: Sequence[TensorSpec],
+    limits: Limits,
+    config: VisionConfig,
+    preprocess: PreprocessConfig,
 ) -> tuple[OptimizationProfile]:
-    """The vision encoder's profile: from one merged token to `max_patches` patches."""
-    unit = config.vision.merge_unit
-    merged = DimensionRange(1, limits.max_patches // unit, limits.max_patches // unit)
-    ranges = {"patches": _scaled(merged, unit), "merged_patches": merged}
+    """The vision encoder's profile: as many of the largest frames as `max_patches` holds.
+
+    Attention stays within a temporal step, so a reader may encode longer inputs step by step.
+    """
+    unit = config.merge_unit
+    frame = min(largest_frame(preprocess, config), limits.max_patches)
+    frames = max(1, limits.max_patches // frame)
+    # A window is cut off at the frame's edges, so thin frames fill theirs badly. Of a frame of
+    # h x w merged patches and windows of side s there are ceil(h/s) ceil(w/s) <= ceil(h w / s).
+    side = max(1, math.isqrt(window_patches(config) // unit))
+    windows = frames * -(-(frame // unit) // side)
+    ranges = {
+        "patches": DimensionRange(unit, limits.max_patches, limits.max_patches),
+        "frames": DimensionRange(1, frames, frames),
+        "frame_patches": DimensionRange(unit, frame, frame),
+        "windows": DimensionRange(1, max(1, frames * frame // window_patches(config)), windows),
+    }
     return (_profile("vision", inputs, ranges),)
+
+
+def largest_frame(preprocess: PreprocessConfig, config: VisionConfig) -> int:
+    """Patches of the largest frame that preprocessing lets through."""
+    merged = preprocess.max_pixels // (config.patch_size * config.spatial_merge_size) ** 2
+    return max(1, merged) * config.merge_unit
 
 
 def _scaled(values: DimensionRange, factor: int) -> DimensionRange:
