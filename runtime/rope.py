@@ -47,11 +47,12 @@ class MRopeTable:
         largest = int(positions.max(initial=0))
         if largest >= self._tables[0].shape[1]:
             self._fill(2 * largest)
-        parts = [
+        parts: list[AnyArray] = [
             table.take(axis_positions, axis=1)
             for table, axis_positions in zip(self._tables, positions, strict=True)
         ]
-        return np.concatenate(parts, axis=-1)
+        tables: AnyArray = np.concatenate(parts, axis=-1)
+        return tables
 
 
 def vision_rotary(grids: Sequence[Grid], config: VisionConfig, dtype: DTypeLike) -> AnyArray:
@@ -62,13 +63,14 @@ def vision_rotary(grids: Sequence[Grid], config: VisionConfig, dtype: DTypeLike)
     frequencies = (1.0 / np.float32(VISION_THETA) ** exponents).astype(np.float32)
     positions = np.concatenate([_patch_positions(grid, config) for grid in grids])
     angles = (positions[:, :, None].astype(np.float32) * frequencies).reshape(len(positions), -1)
-    return np.stack([np.cos(angles), np.sin(angles)]).astype(dtype)
+    tables: AnyArray = np.stack([np.cos(angles), np.sin(angles)]).astype(dtype)
+    return tables
 
 
 def _patch_positions(grid: Grid, config: VisionConfig) -> Int32Array:
     """Row and column, int32 `[t·h·w, 2]`, of patches ordered by merge × merge block."""
     merge = config.spatial_merge_size
-    place = np.stack(np.mgrid[: grid.h, : grid.w], axis=-1).astype(np.int32)
+    place = np.indices((grid.h, grid.w), np.int32).transpose(1, 2, 0)
     blocks = place.reshape(grid.h // merge, merge, grid.w // merge, merge, 2)
     frame = blocks.transpose(0, 2, 1, 3, 4).reshape(-1, 2)
     return np.tile(frame, (grid.t, 1))

@@ -5,9 +5,9 @@ Nodes are named by the scope they were emitted in (`layers.0/self_attn/q_proj/Ma
 name in a viewer, a profile or a builder's message leads back to the code.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import onnx_ir as ir
 from onnxscript import GraphBuilder
@@ -49,6 +49,12 @@ def external_weights(tensors: Mapping[str, TensorInfo]) -> dict[str, ir.External
     }
 
 
+class Operators(Protocol):
+    """ONNX operators by name: inputs are positional, attributes are keywords."""
+
+    def __getattr__(self, name: str) -> Callable[..., ir.Value]: ...
+
+
 class GraphAuthor:
     """Writes one graph. `weights` are emitted as they are and cast to `compute_type` in the graph
     where they differ from it (a reader folds that cast at load)."""
@@ -58,14 +64,15 @@ class GraphAuthor:
         self._builder = GraphBuilder(self._graph)
         self._weights = weights
         self._emitted: dict[str, ir.Value] = {}
-        self.op = self._builder.op
+        self.op: Operators = self._builder.op
         self.compute_type = DATA_TYPES[compute_type]
 
     def input(
         self, name: str, shape: tuple[Dimension, ...], dtype: ir.DataType | None = None
     ) -> ir.Value:
         """A graph input, of the compute type unless told otherwise; strings are dynamic."""
-        return self._builder.input(name, dtype or self.compute_type, shape)
+        value: ir.Value = self._builder.input(name, dtype or self.compute_type, shape)
+        return value
 
     def output(
         self, value: ir.Value, name: str, shape: tuple[Dimension, ...], dtype: ir.DataType

@@ -103,10 +103,9 @@ class _VisionEncoderAuthor(GraphAuthor):
         heads, head_dim, width = config.num_heads, config.head_dim, config.hidden_size
         with self.scope("attn"):
             projected = self.op.Gather(self.linear(hidden, f"{name}.qkv"), segments.index, axis=0)
-            query, key, value = (
-                self.split_heads(part, heads, head_dim)
-                for part in self.op.Split(projected, axis=-1, num_outputs=3, _outputs=3)
-            )
+            split = self.op.Reshape(projected, [0, 0, 3, heads, head_dim])
+            stacked = self.op.Transpose(split, perm=[2, 0, 3, 1, 4])
+            query, key, value = (self.op.Gather(stacked, part, axis=0) for part in range(3))
             attended = self.attention(
                 self.rotate(query, segments.cos, segments.sin),
                 self.rotate(key, segments.cos, segments.sin),

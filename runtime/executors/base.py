@@ -19,12 +19,15 @@ class ContextView:
     `block_table` int32 `[P]`, P ≥ 1: pages in the order they are read. Row `r` of page
     `block_table[p]` is slot `p * page_size + r` of the view. `positions` int32
     `[3, P * page_size]`: M-RoPE position (t, h, w) of every slot, 0 where invalid. `valid` bool
-    `[P * page_size]`: whether a slot holds a row of this sequence.
+    `[P * page_size]`: whether a slot holds a row of this sequence. `bases` int32
+    `[P * page_size]`: base of the span a row belongs to. A row's place, `positions - bases`, never
+    changes, so an executor may store keys rotated by it and rotate queries by the base instead.
     """
 
     block_table: Int32Array
     positions: Int32Array
     valid: BoolArray
+    bases: Int32Array | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,7 +38,8 @@ class SequenceInput:
     embeddings of the v video placeholder tokens among them (None when there are none).
     `positions` int32 `[3, s]`. `slots` int32 `[s]`: where each new K/V row goes, as
     `page * page_size + row`. `context` does not include the new tokens.
-    `needs_logits` is False for a prefill part that is not the last of its prompt.
+    `needs_logits` is False for a prefill part that is not the last of its prompt. `bases` int32
+    `[s]`: base of each new token's span (see ContextView).
     """
 
     token_ids: Int32Array
@@ -44,6 +48,7 @@ class SequenceInput:
     slots: Int32Array
     context: ContextView
     needs_logits: bool
+    bases: Int32Array | None = None
 
 
 class Executor(Protocol):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from framesink.runtime.arrays import Float32Array, Int32Array
+from framesink.runtime.arrays import AnyArray, Float32Array, Int32Array
 from framesink.runtime.models.config import VisionConfig
 from framesink.runtime.preprocess import Grid
 
@@ -61,7 +61,7 @@ def _window_side(config: VisionConfig) -> int:
     return config.window_size // config.spatial_merge_size // config.patch_size
 
 
-def _segments(ids: np.ndarray, count: int, length: int) -> Segments:
+def _segments(ids: AnyArray, count: int, length: int) -> Segments:
     """Segments from each patch's segment number; a segment keeps the order of its patches."""
     order = np.argsort(ids, kind="stable")
     sizes = np.bincount(ids, minlength=count)

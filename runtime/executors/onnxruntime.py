@@ -1,0 +1,215 @@
+"""The embedded executor: ONNX Runtime on the CPU, pages in host memory.
+
+It runs the bundle's graphs as they are. New K/V rows come out of the graph and are written into
+the pages here, which the next run reads in place.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import onnxruntime
+import psutil
+
+from framesink.runtime.arrays import AnyArray, Float32Array
+from framesink.runtime.bundle import Bundle
+from framesink.runtime.errors import BundleError, CapacityError
+from framesink.runtime.executors.base import SequenceInput
+from framesink.runtime.executors.batching import PaddedGroup, group_by_size, pad_group
+from framesink.runtime.models.config import ModelConfig
+from framesink.runtime.models.safetensors import read_header, read_tensor
+from framesink.runtime.models.vision_segments import frame_segments, window_segments
+from framesink.runtime.preprocess import Grid
+from framesink.runtime.rope import MRopeTable, vision_rotary
+
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+}
+# A live session has one grid, and another after a change of resolution.
+CACHED_GRIDS = 16
+LOG_ERRORS_ONLY = 3
+
+
+class OnnxRuntimeExecutor:
+    """Runs both graphs on the CPU. See `framesink.runtime.executors.base.Executor`."""
+
+    name = "onnxruntime"
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        language_model: Path,
+        vision_encoder: Path,
+        embedding: AnyArray,
+        num_pages: int,
+        threads: int | None = None,
+    ) -> None:
+        """Load two ONNX files. `embedding` is the token embedding `[vocab, hidden]` of any float
+        type; `threads` is how many threads an operator may use (None: one per physical core).
+
+        Raises BundleError for a graph that does not load, CapacityError if the pages do not fit
+        into memory.
+        """
+        self.num_pages = num_pages
+        self._config = config
+        self._embedding = embedding
+        self._language_model = _load(language_model, threads)
+        self._vision_encoder = _load(vision_encoder, threads)
+        self._outputs = [output.name for output in self._language_model.get_outputs()]
+        self._vision_inputs = {value.name for value in self._vision_encoder.get_inputs()}
+        self._dtype = _input_dtype(self._language_model, "inputs_embeds")
+        self._vision_dtype = _input_dtype(self._vision_encoder, "patches")
+        self._pools = _allocate_pools(self._language_model, num_pages)
+        self.page_size = self._pools["k_pages.0"].shape[2]
+        self._rope = MRopeTable(config.text, self._dtype)
+        self._vision_layout = lru_cache(maxsize=CACHED_GRIDS)(self._make_vision_layout)
+
+    @classmethod
+    def from_bundle(cls, bundle: Bundle, *, num_pages: int, threads: int | None = None) -> Self:
+        """Load a bundle's executed graphs.
+
+        Raises BundleError and CapacityError as the constructor does, and BundleError if the token
+        embedding is not among the weights.
+        """
+        manifest = bundle.manifest
+        return cls(
+            manifest.model,
+            language_model=bundle.path(manifest.language_model.executed.path),
+            vision_encoder=bundle.path(manifest.vision_encoder.executed.path),
+            embedding=_find_embedding(bundle),
+            num_pages=num_pages,
+            threads=threads,
+        )
+
+    def encode_vision(self, patches: Float32Array, grid: Grid) -> Float32Array:
+        """Patches float32 `[t·h·w, patch_dim]` to embeddings float32 `[t·h·w / merge², hidden]`."""
+        feeds = {**self._vision_layout(grid), "patches": patches.astype(self._vision_dtype)}
+        (embeddings,) = self._vision_encoder.run(None, feeds)
+        return np.asarray(embeddings, np.float32)
+
+    def _make_vision_layout(self, grid: Grid) -> dict[str, AnyArray]:
+        """The inputs of the vision encoder that depend on the grid alone."""
+        config, dtype = self._config.vision, self._vision_dtype
+        cos, sin = vision_rotary([grid], config, dtype)
+        layout = {"cos": cos, "sin": sin}
+        segments = {"window": window_segments([grid], config), "frame": frame_segments([grid])}
+        for kind, segment in segments.items():
+            layout[f"{kind}_index"] = segment.index
+            layout[f"{kind}_inverse"] = segment.inverse
+            layout[f"{kind}_mask"] = segment.mask.astype(dtype)
+        return {name: array for name, array in layout.items() if name in self._vision_inputs}
+
+    def step(self, batch: Sequence[SequenceInput]) -> list[Float32Array | None]:
+        """Run one in-flight batch, in groups of like size; see `Executor.step`."""
+        results: list[Float32Array | None] = [None] * len(batch)
+        for members in group_by_size(batch, self.page_size):
+            group = pad_group(batch, members, self.page_size, self._dtype)
+            logits = self._run(group, [batch[place] for place in members])
+            for place, row in zip(members, logits, strict=True):
+                if batch[place].needs_logits:
+                    results[place] = row
+        return results
+
+    def _run(self, group: PaddedGroup, sequences: Sequence[SequenceInput]) -> Float32Array:
+        cos_context, sin_context = self._rope.lookup(group.context_positions)
+        cos_new, sin_new = self._rope.lookup(group.new_positions)
+        feeds = {
+            "inputs_embeds": self._embed(group, sequences),
+            "cos_new": cos_new,
+            "sin_new": sin_new,
+            "cos_ctx": cos_context,
+            "sin_ctx": sin_context,
+            "mask": group.mask,
+            "block_table": group.block_table,
+            "last": group.last,
+        }
+        outputs = dict(
+            zip(
+                self._outputs,
+                self._language_model.run(self._outputs, {**feeds, **self._pools}),
+                strict=True,
+            )
+        )
+        self._write_rows(group, outputs)
+        return np.asarray(outputs["logits"], np.float32)
+
+    def _embed(self, group: PaddedGroup, sequences: Sequence[SequenceInput]) -> AnyArray:
+        """Embeddings `[B, s, hidden]` of the new tokens, vision embeddings in their places."""
+        count, new = group.new_positions.shape[1:]
+        embeds = np.zeros((count, new, self._config.text.hidden_size), self._dtype)
+        for row, sequence in enumerate(sequences):
+            tokens = sequence.token_ids
+            embeds[row, : len(tokens)] = self._embedding[tokens]
+            if sequence.vision_embeddings is not None:
+                places = np.flatnonzero(tokens == self._config.video_token_id)
+                embeds[row, places] = sequence.vision_embeddings
+        return embeds
+
+    def _write_rows(self, group: PaddedGroup, outputs: Mapping[str, AnyArray]) -> None:
+        """Put the new K/V rows into their slots, in every layer's pages."""
+        page, row = np.divmod(group.slots, self.page_size)
+        sequence, token = group.rows
+        for name, pool in self._pools.items():
+            new = outputs[name.replace("_pages.", "_new.")]
+            pool[page, :, row] = new[sequence, :, token]
+
+    def close(self) -> None:
+        """Free weights and pages."""
+        del self._language_model, self._vision_encoder
+        self._pools.clear()
+
+
+def _load(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = LOG_ERRORS_ONLY
+    # One remembered allocation plan per combination of lengths would grow without end.
+    options.enable_mem_pattern = False
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions share no base class of their own
+        reason = str(error).strip().splitlines()[0]
+        raise BundleError(f"ONNX Runtime cannot load {path.name}: {reason}") from error
+
+
+def _input_dtype(session: onnxruntime.InferenceSession, name: str) -> np.dtype[Any]:
+    """The numpy type of a graph input."""
+    kind = next(value.type for value in session.get_inputs() if value.name == name)
+    if kind not in DTYPES:
+        raise BundleError(
+            f"The executed graph takes {kind} for {name}, which ONNX Runtime cannot compute on a "
+            "CPU; build the bundle again."
+        )
+    return DTYPES[kind]
+
+
+def _allocate_pools(session: onnxruntime.InferenceSession, num_pages: int) -> dict[str, AnyArray]:
+    """Zeroed pages `[N, Hkv, page, D]` of every layer's K and V, by input name."""
+    layers = [value for value in session.get_inputs() if "_pages." in value.name]
+    shapes = {value.name: (num_pages, *value.shape[1:]) for value in layers}
+    dtypes = {value.name: _input_dtype(session, value.name) for value in layers}
+    needed = sum(math.prod(shapes[name]) * dtypes[name].itemsize for name in shapes)
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise CapacityError(
+            f"{num_pages} pages need {needed / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB "
+            "are available; ask for fewer sessions or a shorter context."
+        )
+    return {name: np.zeros(shapes[name], dtypes[name]) for name in shapes}
+
+
+def _find_embedding(bundle: Bundle) -> AnyArray:
+    """The token embedding `[vocab, hidden]`, memory-mapped from the bundle's weights."""
+    name = bundle.manifest.embedding_tensor
+    for file in bundle.manifest.weights:
+        tensors = read_header(bundle.path(file))
+        if name in tensors:
+            return read_tensor(tensors[name])
+    raise BundleError(
+        f"The bundle {bundle.directory} has no token embedding {name}; build it again."
+    )

@@ -1,0 +1,208 @@
+"""The ONNX Runtime executor against one dense forward of transformers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from reference.graph_files import load_executor, write_graphs
+
+from framesink.runtime.executors.base import ContextView, SequenceInput
+from framesink.runtime.executors.onnxruntime import OnnxRuntimeExecutor
+from framesink.runtime.manifest import ComputeType
+from framesink.runtime.preprocess import Grid
+
+if TYPE_CHECKING:
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+PAGE = 4
+NUM_PAGES = 64
+TOLERANCE: dict[str, float] = {"float32": 2e-5, "float16": 2e-2}
+
+
+@dataclass
+class Conversation:
+    """A token sequence with one video block, its vision inputs, and what transformers says of it:
+    positions `[3, n]` and logits `[n, vocab]` of one dense forward."""
+
+    ids: NDArray[np.int32]
+    patches: NDArray[np.float32]
+    grid: Grid
+    positions: NDArray[np.int32]
+    logits: NDArray[np.float64]
+
+
+def make_conversation(
+    model: "Qwen2_5_VLForConditionalGeneration", seed: int, grid: Grid, before: int, after: int
+) -> Conversation:
+    import torch
+
+    random = np.random.default_rng(seed)
+    config = model.config
+    video = [config.video_token_id] * (grid.patches // 4)
+    words = random.integers(0, 256, before + after).tolist()
+    block = [config.vision_start_token_id, *video, config.vision_end_token_id]
+    ids = torch.tensor([[*words[:before], *block, *words[before:]]])
+    kinds = (ids == config.video_token_id).int() * 2
+    patches = random.standard_normal((grid.patches, 1176)).astype(np.float32)
+    grids = torch.tensor([[grid.t, grid.h, grid.w]])
+    with torch.no_grad():
+        logits = model(
+            input_ids=ids,
+            pixel_values_videos=torch.from_numpy(patches).to(model.dtype),
+            video_grid_thw=grids,
+            second_per_grid_ts=torch.tensor([1.0]),
+            mm_token_type_ids=kinds,
+        ).logits[0]
+    positions, _ = model.model.get_rope_index(
+        ids, kinds, video_grid_thw=grids, second_per_grid_ts=torch.tensor([1.0])
+    )
+    return Conversation(
+        ids[0].numpy().astype(np.int32),
+        patches,
+        grid,
+        positions[:, 0].numpy().astype(np.int32),
+        logits.numpy(),
+    )
+
+
+class PagedStream:
+    """Feeds a conversation to an executor piece by piece, from slots in random pages with holes."""
+
+    def __init__(
+        self, executor: OnnxRuntimeExecutor, talk: Conversation, free_pages: list[int], seed: int
+    ) -> None:
+        self.executor = executor
+        self.talk = talk
+        self.random = np.random.default_rng(seed)
+        self.vision = executor.encode_vision(talk.patches, talk.grid)
+        self.done = 0
+        slots = []
+        while len(slots) < len(talk.ids):
+            first = free_pages.pop() * PAGE
+            # Every second page has a hole: a row that holds nothing of this sequence.
+            skipped = self.random.integers(PAGE) if len(slots) % 2 else -1
+            slots += [first + row for row in range(PAGE) if row != skipped]
+        self.slots = np.array(slots[: len(talk.ids)], np.int32)
+
+    def context(self) -> ContextView:
+        pages = np.unique(self.slots[: self.done] // PAGE)
+        table = self.random.permutation(pages).astype(np.int32)
+        if not len(table):
+            table = np.zeros(1, np.int32)
+        place = {int(page): index for index, page in enumerate(table)}
+        positions = np.zeros((3, len(table) * PAGE), np.int32)
+        valid = np.zeros(len(table) * PAGE, np.bool_)
+        for token, slot in enumerate(self.slots[: self.done]):
+            cell = place[int(slot) // PAGE] * PAGE + int(slot) % PAGE
+            positions[:, cell] = self.talk.positions[:, token]
+            valid[cell] = True
+        return ContextView(table, positions, valid)
+
+    def next(self, count: int, *, needs_logits: bool = True) -> SequenceInput:
+        part = slice(self.done, self.done + count)
+        ids = self.talk.ids[part]
+        context = self.context()
+        is_video = self.talk.ids == self.executor._config.video_token_id
+        seen = int(is_video[: self.done].sum())
+        wanted = int(is_video[part].sum())
+        self.done += count
+        return SequenceInput(
+            token_ids=ids,
+            vision_embeddings=self.vision[seen : seen + wanted] if wanted else None,
+            positions=self.talk.positions[:, part],
+            slots=self.slots[part],
+            context=context,
+            needs_logits=needs_logits,
+        )
+
+    def expected(self) -> NDArray[np.float64]:
+        return self.talk.logits[self.done - 1]
+
+
+@pytest.fixture(scope="module", params=["float32", "float16", "float32 over float16 pages"])
+def compute(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def executor(
+    compute: str, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[OnnxRuntimeExecutor]:
+    compute_type: ComputeType = "float16" if compute == "float16" else "float32"
+    cache_type: ComputeType = "float16" if "float16" in compute else "float32"
+    directory = tmp_path_factory.mktemp("graphs")
+    write_graphs(
+        tiny_checkpoint, directory, compute_type=compute_type, cache_type=cache_type, page_size=PAGE
+    )
+    executor = load_executor(directory, num_pages=NUM_PAGES)
+    yield executor
+    executor.close()
+
+
+@pytest.fixture(scope="module")
+def talks(tiny_model: "Qwen2_5_VLForConditionalGeneration") -> list[Conversation]:
+    return [
+        make_conversation(tiny_model, 1, Grid(1, 6, 8), before=9, after=14),
+        make_conversation(tiny_model, 2, Grid(2, 4, 4), before=3, after=25),
+        make_conversation(tiny_model, 3, Grid(1, 4, 2), before=17, after=6),
+    ]
+
+
+def tolerance(compute: str) -> float:
+    return TOLERANCE["float16" if "float16" in compute else "float32"]
+
+
+def assert_close(actual: object, expected: NDArray[np.float64], limit: float) -> None:
+    difference = np.abs(np.asarray(actual) - expected).max()
+    assert difference <= limit * np.abs(expected).max()
+
+
+def test_paged_steps_equal_one_dense_forward(
+    executor: OnnxRuntimeExecutor, talks: list[Conversation], compute: str
+) -> None:
+    """Prefill parts, decode steps, several sequences of unlike length in each step."""
+    pages = np.random.default_rng(0).permutation(np.arange(1, NUM_PAGES)).tolist()
+    streams = [PagedStream(executor, talk, pages, seed) for seed, talk in enumerate(talks)]
+    plan = [(11, 2, 5), (8, 9, 1), (1, 1, 12), (1, 1, 1), (5, 1, 1), (1, 3, 1), (1, 1, 1)]
+    for counts in plan:
+        batch = [stream.next(count) for stream, count in zip(streams, counts, strict=True)]
+        for stream, logits in zip(streams, executor.step(batch), strict=True):
+            assert logits is not None
+            assert logits.dtype == np.float32
+            assert_close(logits, stream.expected(), tolerance(compute))
+
+
+def test_a_sequence_is_told_the_same_alone_as_in_a_batch(
+    executor: OnnxRuntimeExecutor, talks: list[Conversation], compute: str
+) -> None:
+    free = list(range(1, NUM_PAGES))
+    alone = PagedStream(executor, talks[0], free, 0)
+    first = executor.step([alone.next(20, needs_logits=False)])
+    assert first == [None]
+    (expected,) = executor.step([alone.next(1)])
+
+    free = list(range(NUM_PAGES - 1, 0, -1))
+    streams = [PagedStream(executor, talk, free, seed) for seed, talk in enumerate(talks)]
+    executor.step([stream.next(20, needs_logits=False) for stream in streams])
+    together = executor.step([stream.next(1) for stream in streams])
+    assert expected is not None
+    assert_close(together[0], expected.astype(np.float64), tolerance(compute))
+
+
+def test_only_its_own_slots_are_written(
+    executor: OnnxRuntimeExecutor, talks: list[Conversation]
+) -> None:
+    before = {name: pool.copy() for name, pool in executor._pools.items()}
+    stream = PagedStream(executor, talks[0], [*range(NUM_PAGES - 1, 0, -3)], 0)
+    executor.step([stream.next(6)])
+    page, row = np.divmod(stream.slots[:6], PAGE)
+    for name, pool in executor._pools.items():
+        changed = (pool != before[name]).any(axis=(1, 3))
+        expected = np.zeros_like(changed)
+        expected[page, row] = True
+        assert (changed <= expected).all()
+        assert changed[page, row].all()
