@@ -59,5 +59,7 @@ class WebVttWriter(CaptionWriter):
         return f"\n{timestamp(start)} --> {timestamp(end)}\n{cue}\n"
 
     def notice(self, event: Event) -> str:
-        """Nothing: a viewer is shown what the model said."""
-        return ""
+        """A comment: players do not show it."""
+        return f"\nNOTE {event.kind.value} at {timestamp(round(event.t0 * 1000))}\n" + (
+            f"{escape(event.text)}\n" if event.text.strip() else ""
+        )

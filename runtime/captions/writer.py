@@ -1,6 +1,7 @@
 """What caption files have in common: refused before anything starts, flushed with every reply."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
@@ -44,7 +45,7 @@ class CaptionWriter:
         """Drop the old content, write the header. Raises OutputError if that fails."""
         self._created = False
         try:
-            if self._file.seekable():
+            if self.path.is_file():
                 self._file.truncate(0)
         except OSError as error:
             raise self._refusal(error) from error
@@ -72,7 +73,8 @@ class CaptionWriter:
         try:
             self._write_unfinished()
         finally:
-            self._file.close()
+            with suppress(OSError):  # every write was flushed, so nothing is lost here
+                self._file.close()
             if self._created:
                 self.path.unlink(missing_ok=True)
 
