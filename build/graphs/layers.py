@@ -138,7 +138,12 @@ class GraphAuthor:
         return self.op.RotaryEmbedding(x, cos, sin, interleaved=0)
 
     def attention(
-        self, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value, head_dim: int
+        self,
+        query: ir.Value,
+        key: ir.Value,
+        value: ir.Value,
+        mask: ir.Value | None,
+        head_dim: int,
     ) -> ir.Value:
         """Scaled dot-product attention of `[B,heads,s,D]`; fewer key than query heads means
         grouped queries. `mask` is added to the scores: `[B,1,s,keys]` of the compute type."""

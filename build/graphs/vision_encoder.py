@@ -20,13 +20,13 @@ from framesink.runtime.models.weights import MERGER, PATCH_EMBED, block_name
 
 @dataclass(frozen=True, slots=True)
 class _Segments:
-    """Groups of patches that attend to each other: `index [S,L]` of their patches (padded),
-    `inverse [n]` of each patch in the flattened segments, the mask `[S,1,L,L]` that hides padding,
-    and the rotary tables `[S,L,D/2]`."""
+    """Groups of patches that attend to each other: `index [S,L]` of their patches, `inverse [n]` of
+    each patch in the flattened segments, the mask `[S,1,L,L]` that hides padding where there is
+    any, and the rotary tables `[S,L,D/2]`."""
 
     index: ir.Value
     inverse: ir.Value
-    mask: ir.Value
+    mask: ir.Value | None
     cos: ir.Value
     sin: ir.Value
 
@@ -65,20 +65,23 @@ class _VisionEncoderAuthor(GraphAuthor):
         return self.finish()
 
     def _segments(self, kind: str, cos: ir.Value, sin: ir.Value) -> _Segments:
+        """Windows are cut off at a frame's edges, so theirs are padded to the full size and have a
+        mask; all frames of a call have one size, and full attention runs without."""
         length: Dimension = window_patches(self.config) if kind == "window" else "frame_patches"
         count = f"{kind}s"
         index = self.input(f"{kind}_index", (count, length), ir.DataType.INT32)
         inverse = self.input(f"{kind}_inverse", ("patches",), ir.DataType.INT32)
-        key_mask = self.input(f"{kind}_mask", (count, 1, 1, length))
+        mask = None
+        if kind == "window":
+            mask = self.input("window_mask", (count, 1, 1, length))
         with self.scope(f"{kind}s"):
-            # ONNX Runtime wants the mask in the shape of the scores.
-            square = self.op.Add(
-                key_mask, self.op.Transpose(self.op.Mul(key_mask, 0.0), perm=[0, 1, 3, 2])
-            )
+            if mask is not None:
+                # ONNX Runtime wants one row of the mask per query.
+                mask = self.op.Expand(mask, [1, 1, length, 1])
             return _Segments(
                 index=index,
                 inverse=inverse,
-                mask=square,
+                mask=mask,
                 cos=self.op.Gather(cos, index, axis=0),
                 sin=self.op.Gather(sin, index, axis=0),
             )

@@ -52,9 +52,15 @@ def window_segments(grids: Sequence[Grid], config: VisionConfig) -> Segments:
 
 
 def frame_segments(grids: Sequence[Grid]) -> Segments:
-    """One segment per temporal step of each input; L is the largest frame's patch count."""
-    sizes = np.repeat([grid.h * grid.w for grid in grids], [grid.t for grid in grids])
-    return _segments(np.repeat(np.arange(len(sizes)), sizes), len(sizes), int(sizes.max()))
+    """One segment per temporal step of each input; L is a frame's patch count.
+
+    Raises ValueError if frames differ in patch count: full attention runs without a mask.
+    """
+    length = grids[0].h * grids[0].w
+    if any(grid.h * grid.w != length for grid in grids):
+        raise ValueError("the frames of one call must have the same number of patches")
+    count = sum(grid.t for grid in grids)
+    return _segments(np.repeat(np.arange(count), length), count, length)
 
 
 def _window_side(config: VisionConfig) -> int:
