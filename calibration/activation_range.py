@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from framesink.calibration.fingerprint import checkpoint_fingerprint
 from framesink.calibration.observer import RangeObserver
 from framesink.calibration.ranges import ActivationRanges
 from framesink.calibration.text_forward import run_language_model
@@ -61,6 +62,7 @@ def observe_activations(
         run_language_model(checkpoint, inputs, positions, text)
         on_progress((number + 1) / len(passes))
     return ActivationRanges(
+        checkpoint=checkpoint_fingerprint(checkpoint),
         source=source,
         chunks=len(chunks),
         tokens=tokens,

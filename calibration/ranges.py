@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from framesink.runtime.errors import CheckpointError
 from framesink.runtime.manifest import PartName
@@ -49,6 +49,7 @@ class PartRanges(_Model):
 class ActivationRanges(_Model):
     """What was observed, on how much input."""
 
+    checkpoint: str = Field(description="fingerprint of the checkpoint that was observed")
     source: str
     chunks: int
     tokens: int

@@ -4,7 +4,6 @@
 is back before the next one starts.
 """
 
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -78,7 +77,6 @@ def compile_plan(
         builder_version=trt.__version__,
         plan_bytes=job.plan.stat().st_size,
         seconds=time.monotonic() - started,
-        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
 
 

@@ -40,7 +40,7 @@ class Message(_Model):
 
 
 class CompiledPlan(_Model):
-    """A finished plan: its interface, and what it cost in seconds and in bytes of memory."""
+    """A finished plan: its interface, its size in bytes, and the seconds it took."""
 
     kind: Literal["compiled"] = "compiled"
     inputs: tuple[TensorSpec, ...]
@@ -48,7 +48,6 @@ class CompiledPlan(_Model):
     builder_version: str
     plan_bytes: int
     seconds: float
-    peak_memory_bytes: int
 
 
 class Failure(_Model):

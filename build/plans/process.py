@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from pydantic import ValidationError
 
+from framesink.build.memory import PeakMemory
 from framesink.build.plans.jobs import (
     EVENT_ADAPTER,
     CompiledPlan,
@@ -28,8 +29,8 @@ def compile_in_process(
     *,
     on_progress: Callable[[float, str], None],
     on_message: Callable[[BuilderMessage], None],
-) -> CompiledPlan:
-    """Compile `job` in a child process and follow it.
+) -> tuple[CompiledPlan, int]:
+    """Compile `job` in a child process and follow it; also returns its peak memory in bytes.
 
     Raises BuildError with the child's sentence, or with the signal that ended it. Any other
     exception while following (KeyboardInterrupt above all) cancels the child and waits for its end,
@@ -46,14 +47,15 @@ def compile_in_process(
         start_new_session=True,
     )
     try:
-        result = _follow(process, job, on_progress, on_message)
+        with PeakMemory(process.pid) as memory:
+            result = _follow(process, job, on_progress, on_message)
         status = process.wait()
     except BaseException:
         _cancel(process)
         job.plan.unlink(missing_ok=True)
         raise
     if isinstance(result, CompiledPlan):
-        return result
+        return result, memory.peak
     job.plan.unlink(missing_ok=True)
     if isinstance(result, Failure):
         raise BuildError(result.sentence)

@@ -1,0 +1,90 @@
+"""Write a directory beside its final place and put it there only when it is whole."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from framesink.runtime.errors import BuildError
+from framesink.runtime.manifest import MANIFEST_NAME
+
+_MODE = 0o755
+
+
+def check_output(output: Path, *, force: bool) -> None:
+    """Whether a bundle may be written to `output`.
+
+    Raises BuildError if it exists and `force` is not given, if it exists and is no bundle, and if
+    some parent of it is a file.
+    """
+    for parent in output.parents:
+        if parent.exists() and not parent.is_dir():
+            raise BuildError(f"{output} cannot be written: {parent} is a file.")
+    if not output.exists() and not output.is_symlink():
+        return
+    if not output.is_dir() or output.is_symlink():
+        raise BuildError(f"{output} cannot be written: it exists and is no directory.")
+    if any(output.iterdir()) and not (output / MANIFEST_NAME).is_file():
+        raise BuildError(
+            f"{output} holds other files and is no engine bundle, so it is not replaced; choose "
+            "another place."
+        )
+    if any(output.iterdir()) and not force:
+        raise BuildError(f"{output} exists; pass --force to replace it.")
+
+
+@contextmanager
+def staged_directory(output: Path) -> Iterator[Path]:
+    """A hidden directory beside `output`, which becomes `output` when the block ends well.
+
+    On any exception the hidden directory and parents made for it are removed, and an old `output`
+    stays as it was. Raises BuildError if nothing can be written there.
+    """
+    output = output.absolute()
+    missing = [parent for parent in output.parents if not parent.exists()]
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(
+            tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent)
+        )
+        staging.chmod(_MODE)
+    except OSError as error:
+        _remove_empty(missing)
+        raise BuildError(
+            f"{output} cannot be written: {error.strerror or error} ({output.parent})."
+        ) from error
+    try:
+        yield staging
+        _replace(output, staging)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        _remove_empty(missing)
+        raise
+
+
+def _replace(output: Path, staging: Path) -> None:
+    """Put `staging` in the place of `output`; the old one goes only after the new one is there."""
+    try:
+        if not output.exists():
+            staging.rename(output)
+            return
+        old = staging.with_suffix(".old.partial")
+        output.rename(old)
+        try:
+            staging.rename(output)
+        except BaseException:
+            old.rename(output)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise BuildError(f"{output} cannot be written: {error.strerror or error}.") from error
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    """Remove directories, innermost first, as far as they are empty."""
+    for directory in directories:
+        try:
+            directory.rmdir()
+        except OSError:
+            return
