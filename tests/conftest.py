@@ -1,5 +1,7 @@
 """Fixtures shared by all tests: a tiny checkpoint and the engine bundle built from it."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,3 +26,28 @@ def tiny_model(tiny_checkpoint: Path) -> "Qwen2_5_VLForConditionalGeneration":
     from reference.dense_model import load_model
 
     return load_model(tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle_with_pages(
+    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], Path]:
+    """Engine bundles of the tiny checkpoint by page size, without plans, executed in float32."""
+    from framesink.build.options import BuildOptions
+    from framesink.build.pipeline import build_bundle
+    from framesink.build.reporter import SilentReporter
+
+    @cache
+    def build(page_size: int) -> Path:
+        output = tmp_path_factory.mktemp("bundles") / f"pages-of-{page_size}"
+        options = BuildOptions(tiny_checkpoint, output, plans=False, page_size=page_size)
+        build_bundle(options, SilentReporter())
+        return output
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_bundle_with_pages: Callable[[int], Path]) -> Path:
+    """The engine bundle of the tiny checkpoint with pages of 16 rows."""
+    return tiny_bundle_with_pages(16)

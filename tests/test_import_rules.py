@@ -22,7 +22,7 @@ FORBIDDEN = {
         *AUTHORING_STACK,
     ),
     "calibration": ("framesink.build", "framesink.cli"),
-    "build": ("framesink.calibration", "framesink.cli"),
+    "build": ("framesink.cli",),
     "demo": ("framesink.build", "framesink.calibration", "framesink.cli"),
 }
 

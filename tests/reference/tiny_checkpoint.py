@@ -27,7 +27,8 @@ def write_tiny_checkpoint(directory: Path, *, seed: int = 7) -> None:
     The weights are larger than a fresh model's, so that every token depends on its whole context
     and logits are well apart; K has a large bias, as Qwen2.5's has. `<|im_end|>` and ` ...` are
     made likely, the former most of all after the latter, so that replies end, and some are silent;
-    the other special tokens are never said.
+    the other special tokens are never said. Every weight is a float16 number too, so that a bundle
+    that stores float16 holds the same model.
     """
     import torch
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -112,6 +113,8 @@ def write_tiny_checkpoint(directory: Path, *, seed: int = 7) -> None:
         head[closing] = 3.0 * head[closing] + 8.0 * unit(embeddings[newline])
         head[turn_end] *= 2.0
         embeddings[closing] = 6.0 * unit(head[turn_end])
+        for parameter in model.parameters():
+            parameter.copy_(parameter.half())
     model.generation_config.bos_token_id = end_of_text
     model.generation_config.eos_token_id = [turn_end, end_of_text]
     model.generation_config.pad_token_id = end_of_text
