@@ -1,4 +1,4 @@
-"""Draws scenes of the demo world with OpenCV: frames for training, real video files for the demo."""
+"""Draws scenes of the demo world with OpenCV: frames for training, and real video files."""
 
 from pathlib import Path
 

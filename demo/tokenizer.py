@@ -75,7 +75,8 @@ def corpus() -> Iterator[str]:
             yield phrases.answer_how_many(count)
         yield phrases.answer_entered(0)
         yield from (phrases.answer_where(place) for place in phrases.PLACES)
-        yield "system\nYou are a helpful assistant.\nprevious text\nuser\nTime=12.0-13.0s\nassistant\n"
+        yield "system\nYou are a helpful assistant.\nprevious text\nuser\n"
+        yield "Time=12.0-13.0s\nassistant\n"
     licence = Path(__file__).parent.parent / "LICENSE"
     yield from licence.read_text(encoding="utf-8").splitlines(keepends=True)
 

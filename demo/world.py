@@ -258,8 +258,8 @@ class _Builder:
             self._drift(step + 1)
             return SceneEvent(name, colour, shape)
         if name is EventName.TURNS:
-            others = [other for other in phrases.COLOURS if other != colour]
-            new_colour = str(self.random.choice(others))
+            palette = [other for other in phrases.COLOURS if other != colour]
+            new_colour = palette[int(self.random.integers(len(palette)))]
             self._drift(step + 1)
             sprite.colours[-1] = new_colour
             return SceneEvent(name, colour, shape, new_colour=new_colour)
@@ -435,4 +435,4 @@ def _outline(shape: str, radius: float, degrees: float) -> Float32Array:
     angles = np.deg2rad(degrees) + np.arange(count) * (2 * np.pi / count)
     corner_radii = np.array([radii[index % len(radii)] for index in range(count)])
     corners = np.stack([np.cos(angles), np.sin(angles)], axis=1) * corner_radii[:, None]
-    return corners.astype(np.float32)
+    return np.asarray(corners, dtype=np.float32)
