@@ -90,7 +90,7 @@ def pad_group(
         visible[row, 0, 0, : len(view.valid)] = view.valid
     mask = np.empty((count, 1, new, context + new), dtype)
     mask[..., :context] = np.where(visible, 0.0, MASKED)
-    mask[..., context:] = np.triu(np.full((new, new), MASKED, np.float32), 1)
+    mask[..., context:] = np.where(np.tri(new, dtype=np.bool_), 0.0, MASKED)
     return PaddedGroup(
         members=members,
         block_table=block_table,
