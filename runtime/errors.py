@@ -7,6 +7,12 @@ class FramesinkError(Exception):
     exit_code = 1
 
 
+class OptionError(FramesinkError):
+    """An option has a value that cannot be used."""
+
+    exit_code = 2
+
+
 class CheckpointError(FramesinkError):
     """A checkpoint directory is missing, truncated, of an unknown architecture, or inconsistent."""
 
@@ -29,6 +35,10 @@ class CapacityError(FramesinkError):
     """Something does not fit: context, page pool, memory, disk, or the number of sessions."""
 
     exit_code = 6
+
+
+class BacklogError(CapacityError):
+    """A session's input queue is full."""
 
 
 class BuildError(FramesinkError):

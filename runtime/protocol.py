@@ -58,6 +58,11 @@ class ChatProtocol:
         return self.tokenizer.encode_plain(text)
 
     @property
+    def suppressed_tokens(self) -> frozenset[int]:
+        """Tokens a reply must not hold: they would open a turn or a vision block."""
+        return frozenset((self.turn_start, self.vision_start, self.vision_end, self.video_pad))
+
+    @property
     def stop_tokens(self) -> frozenset[int]:
         """Tokens that end a reply."""
         return frozenset((self.turn_end, self.end_of_text))

@@ -4,8 +4,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as BackendTokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 
 from framesink.runtime.errors import CheckpointError
+
+
+def _byte_of_character() -> dict[str, int]:
+    """Which byte each character of a byte-level vocabulary stands for.
+
+    Printable bytes of Latin-1 stand for themselves, the others for the characters from U+0100 on,
+    in order (GPT-2's `bytes_to_unicode`).
+    """
+    alphabet = set(ByteLevel.alphabet())
+    own = {chr(byte): byte for byte in range(256) if chr(byte) in alphabet}
+    others = [byte for byte in range(256) if chr(byte) not in own]
+    return own | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTES = _byte_of_character()
 
 
 class Tokenizer:
@@ -15,6 +31,9 @@ class Tokenizer:
         self._backend = backend
         self._plain = BackendTokenizer.from_str(backend.to_str())
         self._plain.encode_special_tokens = True
+        added = backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(id_ for id_, token in added.items() if token.special)
+        self._token_bytes: dict[int, bytes] = {}
 
     @classmethod
     def from_directory(cls, directory: Path) -> "Tokenizer":
@@ -46,6 +65,20 @@ class Tokenizer:
         """Text of token ids, special tokens left out; broken UTF-8 becomes U+FFFD."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=True)
         return text
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of UTF-8 a token stands for; none for special and unknown tokens."""
+        piece = self._token_bytes.get(token)
+        if piece is None:
+            content = self._backend.id_to_token(token)
+            if content is None or token in self._special_ids:
+                piece = b""
+            elif all(character in _BYTES for character in content):
+                piece = bytes(_BYTES[character] for character in content)
+            else:  # an added token is its own text
+                piece = content.encode()
+            self._token_bytes[token] = piece
+        return piece
 
     def special(self, content: str) -> int:
         """Id of a special token. Raises CheckpointError if the vocabulary has none of that name."""

@@ -1,0 +1,300 @@
+"""The engine: one executor, one page pool, one loop, many sessions."""
+
+import logging
+import threading
+from pathlib import Path
+from types import TracebackType
+
+from framesink.runtime.errors import CapacityError, OptionError
+from framesink.runtime.event_stream import EventStream
+from framesink.runtime.executors.base import Executor
+from framesink.runtime.kv.page_pool import PagePool
+from framesink.runtime.kv.sequence_cache import SequenceCache
+from framesink.runtime.manifest import Limits, StreamingDefaults
+from framesink.runtime.models.config import ModelConfig
+from framesink.runtime.policies import Policy
+from framesink.runtime.prefix import PrefixCache
+from framesink.runtime.preprocess import PreprocessConfig
+from framesink.runtime.protocol import ChatProtocol
+from framesink.runtime.sampler import Sampler, SamplingParams
+from framesink.runtime.scheduler import Scheduler
+from framesink.runtime.sequence import Sequence, SequenceOptions
+from framesink.runtime.session import Session
+from framesink.runtime.session_input import SessionInput
+from framesink.runtime.session_plan import QueryPlacement, SessionPlan, default_policy, plan_session
+from framesink.runtime.stats import EngineStats
+from framesink.runtime.step_loop import StepLoop
+
+_log = logging.getLogger(__name__)
+
+
+class StreamingEngine:
+    """Runs many sessions over one executor.
+
+    With `threaded`, one thread of its own does all the work; otherwise nothing runs by itself and
+    `run_until_idle` does it in the calling thread, in the same order every time.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        model: ModelConfig,
+        protocol: ChatProtocol,
+        preprocess: PreprocessConfig,
+        defaults: StreamingDefaults,
+        limits: Limits,
+        *,
+        threaded: bool = True,
+        max_sessions: int | None = None,
+        executor_reason: str = "",
+    ) -> None:
+        """The engine closes `executor` when it is closed itself.
+
+        At most `max_sessions` are open at once, and never more than `limits.max_streams`.
+        `executor_reason` says which executor was chosen and why.
+        """
+        self.threaded = threaded
+        self.executor_reason = executor_reason
+        self.executor = executor
+        self.model = model
+        self.protocol = protocol
+        self.preprocess = preprocess
+        self.defaults = defaults
+        self.limits = limits
+        self.max_sessions = min(limits.max_streams, max_sessions or limits.max_streams)
+        self._pool = PagePool(executor.num_pages, executor.page_size)
+        self._prefixes = PrefixCache(self._pool)
+        scheduler = Scheduler(
+            prefill_budget=limits.max_prefill,
+            max_part=limits.max_prefill,
+            max_batch=limits.max_streams,
+        )
+        self._loop = StepLoop(executor, self._prefixes, scheduler)
+        self._numbers = 0
+        self._opening = threading.Lock()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        if threaded:
+            self._thread = threading.Thread(target=self._work, name="framesink", daemon=True)
+            self._thread.start()
+
+    @classmethod
+    def load(
+        cls,
+        directory: Path | str,
+        executor: str = "auto",
+        *,
+        max_sessions: int | None = None,
+        num_pages: int | None = None,
+        threads: int | None = None,
+        threaded: bool = True,
+    ) -> "StreamingEngine":
+        """An engine for the bundle in `directory`.
+
+        `executor` names one or is "auto". `num_pages` sizes the page pool, by default for
+        `max_sessions` contexts of full length. `threads` are the executor's CPU threads. Raises
+        BundleError for a bundle that is damaged or not for this machine, CapacityError for a pool
+        that does not fit it.
+        """
+        from framesink.runtime.bundle import Bundle
+        from framesink.runtime.executors import create_executor
+
+        bundle = Bundle.open(directory)
+        manifest = bundle.manifest
+        limits = manifest.limits
+        sessions = min(limits.max_streams, max_sessions or limits.max_streams)
+        if num_pages is None:
+            num_pages = sessions * -(-limits.max_context // manifest.page_size) + 1
+        chosen, reason = create_executor(bundle, executor, num_pages=num_pages, threads=threads)
+        return cls(
+            chosen,
+            manifest.model,
+            bundle.protocol(),
+            manifest.preprocess,
+            manifest.streaming,
+            limits,
+            threaded=threaded,
+            max_sessions=sessions,
+            executor_reason=reason,
+        )
+
+    def open_session(
+        self,
+        policy: Policy | None = None,
+        query: str | None = None,
+        sampling: SamplingParams | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        query_placement: QueryPlacement = "pinned",
+        max_pending_chunks: int = 2,
+        chunk_seconds: float | None = None,
+        max_patches: int | None = None,
+    ) -> Session:
+        """Open a session; what is left out is the bundle's default, an empty `query` is none.
+
+        `query_placement` "first_turn" puts the query where StreamingVLM does, to leave with the
+        first turn. At most `max_pending_chunks` wait in its queue. `chunk_seconds` is how long
+        chunks are, `max_patches` how many ViT patches one makes at most; both size the session.
+
+        Raises CapacityError when too many sessions are open, the query is longer than the context,
+        or the policy's worst case does not fit the context or the free pages; OptionError for
+        settings that make no sense; SessionClosedError when the engine is closed.
+        """
+        defaults = self.defaults
+        if max_pending_chunks < 1:
+            raise OptionError(f"max_pending_chunks={max_pending_chunks} must be at least 1.")
+        query = defaults.query if query is None else query
+        plan = plan_session(
+            policy or default_policy(defaults),
+            query or None,
+            query_placement,
+            protocol=self.protocol,
+            model=self.model,
+            limits=self.limits,
+            page_size=self.executor.page_size,
+            chunk_seconds=defaults.chunk_seconds if chunk_seconds is None else chunk_seconds,
+            max_new_tokens=defaults.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            max_patches=self.limits.max_patches if max_patches is None else max_patches,
+        )
+        source = SessionInput(max_pending_chunks, plan.profile.question_rows, wake=self._wake.set)
+        source.set_context_questions(len(plan.first_query))
+        events = EventStream()
+        sequence = self._admit(plan, sampling or default_sampling(defaults), source, events)
+        self._wake.set()
+        return Session(
+            sequence.number,
+            driver=self,
+            source=source,
+            events=events,
+            read_stats=lambda: sequence.stats,
+            protocol=self.protocol,
+            preprocess=self.preprocess,
+            chunk_seconds=plan.profile.chunk_seconds,
+            max_patches=self.limits.max_patches if max_patches is None else max_patches,
+        )
+
+    def run_until_idle(self) -> bool:
+        """Do all there is to do, in the calling thread; whether there was anything.
+
+        Raises OptionError on an engine with a thread of its own.
+        """
+        if self.threaded:
+            raise OptionError("This engine has a thread of its own; open it with threaded=False.")
+        worked = False
+        while self._loop.run_once():
+            worked = True
+        return worked
+
+    def retire(self, number: int) -> None:
+        """End a session and free its pages; they are free when this returns."""
+        self._loop.retire(number)
+        if self.threaded:
+            self._wake.set()
+            self._loop.wait_until_gone(number)
+        else:
+            self._loop.run_retirements()
+
+    def stats(self) -> EngineStats:
+        """Figures of now."""
+        figures, pool = self._loop.figures, self._pool
+        steps, encoded = max(1, figures.steps), max(1, figures.encoded)
+        return EngineStats(
+            sessions=self._loop.sessions,
+            pages_used=pool.used,
+            pages_reserved=pool.capacity - pool.unreserved,
+            pages_total=pool.capacity,
+            steps=figures.steps,
+            tokens=figures.tokens,
+            encoded_chunks=figures.encoded,
+            mean_batch=figures.shares / steps,
+            mean_step_seconds=figures.step_seconds / steps,
+            last_step_seconds=figures.last_step_seconds,
+            mean_encode_seconds=figures.encode_seconds / encoded,
+        )
+
+    def check_integrity(self) -> None:
+        """Recount every page while nothing runs. Raises RuntimeError where a count is wrong."""
+        self._pool.check_integrity(self._loop.live_slots())
+
+    def close(self) -> None:
+        """End every session, stop the thread and free the executor. May be called again."""
+        if self._stopping:
+            return
+        self._stopping = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._loop.stop("The engine was closed.", failed=False)
+        self.executor.close()
+
+    def __enter__(self) -> "StreamingEngine":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _admit(
+        self,
+        plan: SessionPlan,
+        sampling: SamplingParams,
+        source: SessionInput,
+        events: EventStream,
+    ) -> Sequence:
+        """Reserve all a session can need, or raise CapacityError and leave nothing behind."""
+        with self._opening:
+            if self._loop.sessions >= self.max_sessions:
+                raise CapacityError(
+                    f"{self.max_sessions} sessions are open, the most this engine serves at once; "
+                    "close one first."
+                )
+            reservation = self._pool.reserve(plan.pages, "A session of this policy")
+            try:
+                prefix = self._prefixes.acquire(plan.prefix)
+            except CapacityError:
+                self._pool.cancel(reservation)
+                raise
+            self._numbers += 1
+            options = SequenceOptions(
+                plan.policy, plan.profile, plan.max_new_tokens, plan.first_query
+            )
+            sequence = Sequence(
+                self._numbers,
+                cache=SequenceCache(self._pool, reservation),
+                prefix=prefix,
+                options=options,
+                sampler=Sampler(sampling, self.protocol.suppressed_tokens),
+                model=self.model,
+                protocol=self.protocol,
+                source=source,
+                events=events,
+            )
+            self._loop.add(sequence)
+            return sequence
+
+    def _work(self) -> None:
+        """The engine's thread."""
+        try:
+            while not self._stopping:
+                self._wake.clear()
+                if not self._loop.run_once():
+                    self._wake.wait()
+        except BaseException as error:
+            _log.exception("The engine's loop failed")
+            sentence = f"The engine failed ({type(error).__name__}: {error}); load it again."
+            self._loop.stop(sentence, failed=True)
+
+
+def default_sampling(defaults: StreamingDefaults) -> SamplingParams:
+    """How a bundle's tokens are chosen unless a session says otherwise."""
+    return SamplingParams(
+        temperature=defaults.temperature,
+        top_k=defaults.top_k,
+        top_p=defaults.top_p,
+        repetition_penalty=defaults.repetition_penalty,
+    )

@@ -1,0 +1,73 @@
+"""A session's way out: events from the engine's thread to threads and coroutines."""
+
+import asyncio
+import threading
+from collections import deque
+
+from framesink.runtime.events import Event
+
+
+class EventStream:
+    """An unbounded queue of events with an end. Safe from any thread and any event loop."""
+
+    def __init__(self) -> None:
+        self._events: deque[Event] = deque()
+        self._ended = False
+        self._changed = threading.Condition()
+        self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+
+    @property
+    def ended(self) -> bool:
+        """Whether all events have been taken and no more will come."""
+        with self._changed:
+            return self._ended and not self._events
+
+    def put(self, event: Event) -> None:
+        """Add an event; after the end it is dropped."""
+        with self._changed:
+            if not self._ended:
+                self._events.append(event)
+                self._notify()
+
+    def end(self) -> None:
+        """No more events will come; those in the queue can still be taken."""
+        with self._changed:
+            self._ended = True
+            self._notify()
+
+    def poll(self) -> Event | None:
+        """The next event, if there is one."""
+        with self._changed:
+            return self._events.popleft() if self._events else None
+
+    def wait(self) -> None:
+        """Block until there is an event or the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._events or self._ended)
+
+    async def wait_async(self) -> None:
+        """Wait for an event or the end without blocking the event loop."""
+        loop = asyncio.get_running_loop()
+        waiter = (loop, loop.create_future())
+        with self._changed:
+            if self._events or self._ended:
+                return
+            self._waiters.append(waiter)
+        try:
+            await waiter[1]
+        finally:
+            with self._changed:
+                if waiter in self._waiters:
+                    self._waiters.remove(waiter)
+
+    def _notify(self) -> None:
+        self._changed.notify_all()
+        for loop, future in self._waiters:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_wake, future)
+        self._waiters.clear()
+
+
+def _wake(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)

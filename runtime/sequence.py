@@ -1,0 +1,339 @@
+"""The engine's side of a session: one turn after the other, over spans and pages.
+
+All of it runs in the engine's thread.
+"""
+
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from framesink.runtime.arrays import BoolArray, Float32Array
+from framesink.runtime.detokenizer import Detokenizer
+from framesink.runtime.event_stream import EventStream
+from framesink.runtime.events import Event, EventKind
+from framesink.runtime.executors.base import SequenceInput
+from framesink.runtime.kv.positions import text_span, vision_span
+from framesink.runtime.kv.sequence_cache import SequenceCache
+from framesink.runtime.kv.span import Span, SpanKind, SpanPart
+from framesink.runtime.models.config import ModelConfig
+from framesink.runtime.policies import Policy, TurnProfile
+from framesink.runtime.prefix import Prefix
+from framesink.runtime.protocol import ChatProtocol
+from framesink.runtime.reply import Reply
+from framesink.runtime.sampler import Sampler
+from framesink.runtime.session_input import PreparedChunk, SessionInput, TurnInput
+from framesink.runtime.stats import SessionStats
+from framesink.runtime.turn import Turn
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceOptions:
+    """What a session was opened with. `first_query` is the query of `query_placement`
+    "first_turn", as token ids."""
+
+    policy: Policy
+    profile: TurnProfile
+    max_new_tokens: int
+    first_query: tuple[int, ...] = ()
+
+
+class Sequence:
+    """The state machine of one session.
+
+    Waiting for its prefix, then for input; then a turn: encode the chunk, prefill, decode, settle.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        *,
+        cache: SequenceCache,
+        prefix: Prefix,
+        options: SequenceOptions,
+        sampler: Sampler,
+        model: ModelConfig,
+        protocol: ChatProtocol,
+        source: SessionInput,
+        events: EventStream,
+    ) -> None:
+        self.number = number
+        self.prefix = prefix
+        self.cache = cache
+        self.stats = SessionStats()
+        self.ended = False
+        self._options = options
+        self._sampler = sampler
+        self._model = model
+        self._protocol = protocol
+        self._source = source
+        self._events = events
+        self._started = False
+        self._turn: Turn | None = None
+        self._turns = 0
+        self._decoding = False
+        self._seen: BoolArray | None = None
+        self._last_times = (0.0, 0.0)
+        self._dropping = False
+
+    # What the engine asks.
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it is between turns and its prefix is there."""
+        return self._turn is None and self.prefix.ready
+
+    @property
+    def done(self) -> bool:
+        """Whether everything that was put in has been answered and nothing more may come."""
+        return self._turn is None and self._source.exhausted
+
+    @property
+    def deadline(self) -> float:
+        """`time.monotonic()` by which the turn's reply is due."""
+        return self._turn.deadline if self._turn else float("inf")
+
+    @property
+    def chunk_to_encode(self) -> PreparedChunk | None:
+        """The chunk the turn waits for."""
+        return self._turn.chunk if self._turn else None
+
+    @property
+    def tokens_to_write(self) -> int:
+        """How many tokens the next steps have to write; 0 while there is nothing to do."""
+        return self.cache.unwritten if self._turn and self._turn.chunk is None else 0
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the prompt is written and the reply is under way."""
+        return self._decoding
+
+    # A turn.
+
+    def begin_turn(self) -> bool:
+        """Evict and append the next turn's spans, if there is input for one.
+
+        Raises CapacityError when the policy cannot make room.
+        """
+        given = self._source.take()
+        if given is None:
+            return False
+        if not self._started:
+            self.cache.adopt(self.prefix.cache.spans)
+            self._started = True
+        turn = self._turn = self._new_turn(given)
+        self._announce_drops(given.chunk)
+        options = self._options
+        kept = options.policy.select(self.cache.spans, turn.number, options.profile)
+        evicted = self.cache.replace(kept)
+        question = given.question.tokens if given.question else ()
+        for span in self._turn_spans(turn, question):
+            self.cache.append(span)
+        questions = (span for span in self.cache.spans if span.kind is SpanKind.QUESTION)
+        self._source.set_context_questions(sum(len(span) for span in questions))
+        self.stats = replace(self.stats, evicted_tokens=self.stats.evicted_tokens + evicted)
+        return True
+
+    def encoded(self, embeddings: Float32Array) -> None:
+        """The vision encoder's answer for `chunk_to_encode`: float32 `[v, hidden]`."""
+        turn = self._current
+        turn.embeddings, turn.chunk = embeddings, None
+
+    def next_input(self, count: int) -> SequenceInput:
+        """The next `count` tokens to write. Raises CapacityError if there are no pages for them."""
+        is_last = count == self.cache.unwritten
+        rows = self.cache.prepare(count)
+        placeholders = int((rows.token_ids == self._protocol.video_pad).sum())
+        return SequenceInput(
+            token_ids=rows.token_ids,
+            vision_embeddings=self._current.take_embeddings(placeholders),
+            positions=rows.positions,
+            slots=rows.slots,
+            context=rows.context,
+            needs_logits=is_last,
+            bases=rows.bases,
+        )
+
+    def step_done(self, logits: Float32Array | None) -> None:
+        """The tokens are written; `logits` float32 `[vocab]` choose the reply's next one."""
+        self.cache.commit()
+        if logits is None:
+            return
+        self._decoding = True
+        token = self._sampler.sample(logits, self._seen_tokens(logits.size))
+        turn = self._current
+        now = time.monotonic()
+        turn.sampled.append(token)
+        turn.token_times.append(now)
+        if token in self._protocol.stop_tokens:
+            self._finish_reply(now)
+            return
+        if self._seen is not None:
+            self._seen[token] = True
+        self._append_to_reply(turn.reply, token)
+        if len(turn.sampled) == self._options.max_new_tokens:
+            self._finish_reply(now)
+            return
+        text = turn.new_text()
+        if text:
+            self._events.put(turn.event(self._kind(turn), text, now))
+
+    # The end.
+
+    def fail(self, sentence: str) -> None:
+        """End with an error event."""
+        if self.ended:
+            return
+        now = time.monotonic()
+        if self._turn is not None:
+            event = self._turn.event(EventKind.ERROR, sentence, now, final=True)
+        else:
+            t0, t1 = self._last_times
+            event = Event(EventKind.ERROR, sentence, t0, t1, self._turns, 0.0, final=True)
+        self._events.put(event)
+        self.end(f"The session ended with an error: {sentence}")
+
+    def end(self, reason: str) -> None:
+        """Give every page back; input is refused with `reason` from now on."""
+        if self.ended:
+            return
+        self.ended = True
+        self._turn = None
+        self._source.close(reason)
+        self.cache.close()
+        self._events.end()
+
+    # Details.
+
+    @property
+    def _current(self) -> Turn:
+        if self._turn is None:
+            raise RuntimeError("no turn is under way")
+        return self._turn
+
+    def _new_turn(self, given: TurnInput) -> Turn:
+        chunk, question = given.chunk, given.question
+        length = self._options.profile.chunk_seconds
+        if chunk is not None:
+            self._last_times = (chunk.t0, chunk.t1)
+            captured_at, handed_at = chunk.captured_at, chunk.handed_at
+        else:
+            captured_at = handed_at = question.asked_at if question else time.monotonic()
+        number, self._turns = self._turns, self._turns + 1
+        return Turn(
+            number=number,
+            t0=self._last_times[0],
+            t1=self._last_times[1],
+            captured_at=captured_at,
+            handed_at=handed_at,
+            deadline=captured_at + length,
+            question=question.text if question else None,
+            chunk=chunk,
+            reply=Reply(self._protocol.reply_closing),
+            detokenizer=Detokenizer(self._protocol.tokenizer),
+        )
+
+    def _announce_drops(self, chunk: PreparedChunk | None) -> None:
+        """Say so when frames begin to be dropped."""
+        if chunk is None:
+            return
+        self.stats = replace(self.stats, dropped_frames=self.stats.dropped_frames + chunk.dropped)
+        if chunk.dropped and not self._dropping:
+            sentence = (
+                f"{chunk.dropped} frames between {chunk.t0:.1f} s and {chunk.t1:.1f} s of video "
+                "were dropped because inference is late."
+            )
+            now = time.monotonic()
+            self._events.put(self._current.event(EventKind.DEGRADED, sentence, now))
+        self._dropping = chunk.dropped > 0
+
+    def _turn_spans(self, turn: Turn, question: tuple[int, ...]) -> list[Span]:
+        protocol, number = self._protocol, turn.number
+        spans = [
+            text_span(SpanKind.USER, SpanPart.OPEN, number, protocol.user_open),
+            text_span(SpanKind.USER, SpanPart.TIME, number, protocol.time_text(turn.t0, turn.t1)),
+        ]
+        if turn.chunk is not None:
+            spans.append(self._vision_span(turn, turn.chunk))
+        for tokens in (self._options.first_query if number == 0 else (), question):
+            if tokens:
+                spans.append(text_span(SpanKind.QUESTION, SpanPart.BODY, number, tokens))
+        spans.append(text_span(SpanKind.USER, SpanPart.CLOSE, number, protocol.turn_close))
+        spans.append(text_span(SpanKind.REPLY, SpanPart.OPEN, number, protocol.reply_open))
+        return spans
+
+    def _vision_span(self, turn: Turn, chunk: PreparedChunk) -> Span:
+        vision = self._model.vision
+        seconds_per_step = vision.temporal_patch_size * (chunk.t1 - chunk.t0) / chunk.frames
+        return vision_span(
+            turn.number,
+            self._protocol.vision(chunk.grid.tokens(vision.spatial_merge_size)),
+            chunk.grid,
+            merge_size=vision.spatial_merge_size,
+            time_step=seconds_per_step * vision.tokens_per_second,
+        )
+
+    def _seen_tokens(self, vocabulary: int) -> BoolArray | None:
+        """Which tokens the context holds, if the sampler asks for it."""
+        if self._seen is None and self._sampler.needs_seen:
+            self._seen = np.zeros(vocabulary, dtype=np.bool_)
+            for span in self.cache.spans:
+                self._seen[span.tokens] = True
+        return self._seen
+
+    def _append_to_reply(self, reply: Reply, token: int) -> None:
+        before, held_before = reply.words, len(reply.held)
+        reply.push(token)
+        if reply.words == before:  # the held tokens grew by one
+            self._append_reply_part(SpanPart.CLOSE, [token], new=held_before == 0)
+        else:
+            self._settle_words(reply, before, held_before)
+            if reply.held:
+                self._append_reply_part(SpanPart.CLOSE, reply.held, new=True)
+
+    def _settle_words(self, reply: Reply, before: int, held_before: int) -> None:
+        """Append words that have become certain.
+
+        Held tokens were written in the frame lane, which empties with the turn; words may live for
+        ever, so those among them are written again, in the text lane.
+        """
+        if held_before:
+            self.cache.take_back_last()
+        words = reply.tokens[before : reply.words]
+        if words:
+            self._append_reply_part(SpanPart.BODY, words, new=before == 0)
+
+    def _append_reply_part(self, part: SpanPart, tokens: list[int], *, new: bool) -> None:
+        if new:
+            self.cache.append(text_span(SpanKind.REPLY, part, self._current.number, tokens))
+        else:
+            self.cache.extend_last(tokens)
+
+    def _finish_reply(self, now: float) -> None:
+        """Settle the reply's spans and send its final event."""
+        turn = self._current
+        reply = turn.reply
+        before, held_before = reply.words, len(reply.held)
+        reply.end()
+        if reply.words > before:
+            self._settle_words(reply, before, held_before)
+        self._append_reply_part(SpanPart.CLOSE, self._protocol.turn_close, new=not reply.held)
+        text = turn.new_text() + turn.detokenizer.finish()
+        kind = self._kind(turn) if reply.words else EventKind.SILENCE
+        event = turn.event(kind, text, now, final=True)
+        self._turn, self._decoding, self._seen = None, False, None
+        timing = turn.timing()
+        self.stats = replace(
+            self.stats,
+            turns=turn.number + 1,
+            context_tokens=self.cache.tokens,
+            pages=self.cache.reservation.used,
+            last_ttft=timing.ttft,
+            last_itl=sum(timing.itl) / len(timing.itl) if timing.itl else None,
+            lag=event.lag,
+        )
+        self._events.put(event)
+
+    @staticmethod
+    def _kind(turn: Turn) -> EventKind:
+        return EventKind.COMMENTARY if turn.question is None else EventKind.ANSWER

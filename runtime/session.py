@@ -1,0 +1,209 @@
+"""A session: one live video, one conversation. What a caller holds in hand."""
+
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Protocol
+
+import numpy as np
+
+from framesink.runtime.arrays import UInt8Array
+from framesink.runtime.errors import CapacityError, VideoError
+from framesink.runtime.event_stream import EventStream
+from framesink.runtime.events import Event
+from framesink.runtime.preprocess import PreprocessConfig, frames_to_patches
+from framesink.runtime.protocol import ChatProtocol
+from framesink.runtime.session_input import PreparedChunk, Question, SessionInput
+from framesink.runtime.stats import SessionStats
+from framesink.runtime.video.chunk import Chunk
+
+
+class Driver(Protocol):
+    """What a session asks of its engine. `threaded` says whether the engine works by itself."""
+
+    threaded: bool
+
+    def run_until_idle(self) -> bool:
+        """Work in the calling thread until there is nothing to do; whether there was anything."""
+        ...
+
+    def retire(self, number: int) -> None:
+        """End a session and free its pages; they are free when this returns."""
+        ...
+
+
+class Session:
+    """Frames in, events out. Safe to use from any thread; iterate it from one.
+
+    Iterating yields events as they come and ends when, after `finish`, everything is answered, or
+    after an error event, or after `close`. On an engine without a thread, pushing and iterating do
+    the engine's work, and iterating ends when there is nothing to do without further input.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        *,
+        driver: Driver,
+        source: SessionInput,
+        events: EventStream,
+        read_stats: Callable[[], SessionStats],
+        protocol: ChatProtocol,
+        preprocess: PreprocessConfig,
+        chunk_seconds: float,
+        max_patches: int,
+    ) -> None:
+        """Made by `StreamingEngine.open_session`."""
+        self.number = number
+        self._driver = driver
+        self._source = source
+        self._events = events
+        self._read_stats = read_stats
+        self._protocol = protocol
+        self._preprocess = preprocess
+        self._chunk_seconds = chunk_seconds
+        self._max_patches = max_patches
+        self._next_t0 = 0.0
+
+    # In.
+
+    def push(
+        self,
+        frames: UInt8Array | Sequence[UInt8Array],
+        timestamps: Sequence[float] | None = None,
+        *,
+        t0: float | None = None,
+        t1: float | None = None,
+        block: bool = True,
+        timeout: float | None = None,
+    ) -> None:
+        """Add one chunk of frames, uint8 RGB `[T, H, W, 3]` or T frames `[H, W, 3]`.
+
+        `t0`, `t1` and `timestamps` are seconds of video time; left out, the chunk follows the one
+        before it, lasts the session's chunk length, and its frames are evenly spaced. See
+        `push_chunk` for the rest.
+        """
+        begin = self._next_t0 if t0 is None else t0
+        end = begin + self._chunk_seconds if t1 is None else t1
+        stacked = _stack(frames)
+        if timestamps is None:
+            timestamps = [begin + (end - begin) * i / len(stacked) for i in range(len(stacked))]
+        chunk = Chunk(
+            frames=stacked,
+            t0=begin,
+            t1=end,
+            timestamps=tuple(timestamps),
+            captured_at=time.monotonic(),
+        )
+        self.push_chunk(chunk, block=block, timeout=timeout)
+
+    def push_chunk(self, chunk: Chunk, *, block: bool = True, timeout: float | None = None) -> None:
+        """Add one chunk; frames become patches in the calling thread.
+
+        Waits while the session's queue is full, for `timeout` seconds at most. Raises BacklogError
+        when there is no room, SessionClosedError when the session takes no more input, VideoError
+        for frames or times that make no sense, and CapacityError for a chunk larger than the engine
+        was built for.
+        """
+        handed_at = time.monotonic()
+        self._source.require_open()
+        if chunk.t1 <= chunk.t0:
+            raise VideoError(
+                f"A chunk from {chunk.t0:g} s to {chunk.t1:g} s has no length; t1 must be later."
+            )
+        patches, grid = frames_to_patches(_stack(chunk.frames), self._preprocess)
+        if grid.patches > self._max_patches:
+            raise CapacityError(
+                f"A chunk of {len(chunk.frames)} frames makes {grid.patches} patches, but this "
+                f"session takes at most {self._max_patches}; push fewer or smaller frames."
+            )
+        prepared = PreparedChunk(
+            patches=patches,
+            grid=grid,
+            t0=chunk.t0,
+            t1=chunk.t1,
+            frames=len(chunk.frames),
+            captured_at=chunk.captured_at,
+            handed_at=handed_at,
+            dropped=chunk.dropped,
+        )
+        if not self._driver.threaded:
+            block = False
+            if self._source.full:
+                self._driver.run_until_idle()
+        self._source.put_chunk(prepared, block=block, timeout=timeout)
+        self._next_t0 = chunk.t1
+
+    def ask(self, text: str) -> None:
+        """Ask a question: it joins the next chunk, and that turn's events are of kind `answer`.
+
+        Each turn takes one question. Raises CapacityError for one longer than the context has room
+        for, SessionClosedError when the session takes no more input.
+        """
+        tokens = tuple(self._protocol.question(text))
+        self._source.put_question(Question(text, tokens, time.monotonic()))
+
+    def finish(self) -> None:
+        """Say that no more input comes. What waits is still answered, a question without a chunk in
+        a turn without vision; then iteration ends and the session's pages are free."""
+        self._source.finish()
+
+    def close(self) -> None:
+        """End at once: drop what waits and free the session's pages. May be called again."""
+        self._driver.retire(self.number)
+
+    # Out.
+
+    def __iter__(self) -> Iterator[Event]:
+        while True:
+            event = self._events.poll()
+            if event is not None:
+                yield event
+            elif self._events.ended:
+                return
+            elif self._driver.threaded:
+                self._events.wait()
+            elif not self._driver.run_until_idle():
+                return
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        while True:
+            event = self._events.poll()
+            if event is not None:
+                yield event
+            elif self._events.ended:
+                return
+            elif self._driver.threaded:
+                await self._events.wait_async()
+            elif not self._driver.run_until_idle():
+                return
+
+    def stats(self) -> SessionStats:
+        """Figures as of the last turn."""
+        return self._read_stats()
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _stack(frames: UInt8Array | Sequence[UInt8Array]) -> UInt8Array:
+    """Frames as one array. Raises VideoError unless they are uint8 RGB of one size."""
+    if len(frames) == 0:
+        raise VideoError("A chunk without frames cannot be shown to the model.")
+    if len({np.shape(frame) for frame in frames}) > 1:
+        raise VideoError("The frames of a chunk differ in size; resize or split the chunk.")
+    stacked = np.asarray(frames)
+    if stacked.dtype != np.uint8 or stacked.ndim != 4 or stacked.shape[3] != 3:
+        raise VideoError(
+            f"Frames must be uint8 RGB of shape [height, width, 3], not {stacked.dtype} "
+            f"{list(stacked.shape[1:])}."
+        )
+    return stacked

@@ -1,0 +1,43 @@
+"""Figures of a session and of the engine."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class SessionStats:
+    """One session after its last turn.
+
+    `turns` replied to; `context_tokens` retained; `pages` of its own held (shared prefixes apart);
+    `evicted_tokens` so far. `last_ttft` and `last_itl` (mean) in seconds, of the last reply, `lag`
+    in seconds at its end; None before there was one. `dropped_frames` so far.
+    """
+
+    turns: int = 0
+    context_tokens: int = 0
+    pages: int = 0
+    evicted_tokens: int = 0
+    last_ttft: float | None = None
+    last_itl: float | None = None
+    lag: float | None = None
+    dropped_frames: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """The whole engine since it was made.
+
+    `pages_used` of `pages_total` hold rows now, `pages_reserved` are promised to open sessions.
+    `mean_batch` is sequences a step, `tokens` counts those written. Times are seconds.
+    """
+
+    sessions: int
+    pages_used: int
+    pages_reserved: int
+    pages_total: int
+    steps: int
+    tokens: int
+    encoded_chunks: int
+    mean_batch: float
+    mean_step_seconds: float
+    last_step_seconds: float
+    mean_encode_seconds: float

@@ -1,0 +1,239 @@
+"""The engine's loop body: begin turns, encode one chunk, run one step, hand out its logits."""
+
+import logging
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from framesink.runtime.arrays import Float32Array, Int32Array
+from framesink.runtime.errors import FramesinkError, SessionClosedError
+from framesink.runtime.executors.base import Executor, SequenceInput
+from framesink.runtime.prefix import Prefix, PrefixCache
+from framesink.runtime.scheduler import Scheduler, Share, Work
+from framesink.runtime.sequence import Sequence
+
+FINISHED = "The session was finished and takes no more input; open another."
+CLOSED = "The session was closed; open another."
+
+_log = logging.getLogger(__name__)
+
+
+class Stepped(Protocol):
+    """Whatever takes part in a step."""
+
+    def next_input(self, count: int) -> SequenceInput:
+        """The next `count` tokens to write."""
+        ...
+
+    def step_done(self, logits: Float32Array | None) -> None:
+        """They are written."""
+        ...
+
+
+@dataclass(slots=True)
+class LoopFigures:
+    """Counts since the start; times in seconds."""
+
+    steps: int = 0
+    shares: int = 0
+    tokens: int = 0
+    step_seconds: float = 0.0
+    last_step_seconds: float = 0.0
+    encoded: int = 0
+    encode_seconds: float = 0.0
+
+
+class StepLoop:
+    """Works on all open sequences. `run_once` belongs to the engine's thread; `add`, `retire` and
+    `sessions` may be called from any."""
+
+    def __init__(self, executor: Executor, prefixes: PrefixCache, scheduler: Scheduler) -> None:
+        self.figures = LoopFigures()
+        self._executor = executor
+        self._prefixes = prefixes
+        self._scheduler = scheduler
+        self._sequences: dict[int, Sequence] = {}
+        self._retiring: set[int] = set()
+        self._stopped: str | None = None
+        self._changed = threading.Condition()
+
+    @property
+    def sessions(self) -> int:
+        """Sequences that have not ended."""
+        with self._changed:
+            return len(self._sequences)
+
+    def add(self, sequence: Sequence) -> None:
+        """Work on a sequence from now on. Raises SessionClosedError after `stop`."""
+        with self._changed:
+            if self._stopped is not None:
+                raise SessionClosedError(self._stopped)
+            self._sequences[sequence.number] = sequence
+
+    def retire(self, number: int) -> None:
+        """End a sequence before the next step, if it has not ended yet."""
+        with self._changed:
+            if number in self._sequences:
+                self._retiring.add(number)
+
+    def wait_until_gone(self, number: int) -> None:
+        """Block until a sequence has ended and its pages are free."""
+        with self._changed:
+            self._changed.wait_for(lambda: number not in self._sequences)
+
+    def stop(self, reason: str, *, failed: bool) -> None:
+        """End every sequence, with an error event if `failed`, and take no others."""
+        with self._changed:
+            self._stopped = reason
+            for sequence in list(self._sequences.values()):
+                if failed:
+                    sequence.fail(reason)
+                self._remove(sequence, reason)
+
+    def live_slots(self) -> Iterable[Int32Array]:
+        """The slots of every span of everyone, for the pool's integrity check."""
+        with self._changed:
+            sequences = list(self._sequences.values())
+        for prefix in {sequence.prefix.number: sequence.prefix for sequence in sequences}.values():
+            yield from (span.slots for span in prefix.cache.spans)
+        for sequence in sequences:
+            yield from (span.slots for span in sequence.cache.spans)
+
+    def run_once(self) -> bool:
+        """One round: at most one chunk encoded and one step run. False if there was nothing."""
+        self.run_retirements()
+        begun = [self._begin(sequence) for sequence in self._open_sequences()]
+        encoded = self._encode()
+        stepped = self._step()
+        return any(begun) or encoded or stepped
+
+    def run_retirements(self) -> None:
+        """End the sequences `retire` was called for."""
+        with self._changed:
+            retiring = [self._sequences[n] for n in self._retiring if n in self._sequences]
+            self._retiring.clear()
+        for sequence in retiring:
+            self._remove(sequence, CLOSED)
+
+    def _open_sequences(self) -> list[Sequence]:
+        with self._changed:
+            return list(self._sequences.values())
+
+    def _begin(self, sequence: Sequence) -> bool:
+        if sequence.done:
+            self._remove(sequence, FINISHED)
+            return True
+        if not sequence.waiting:
+            return False
+        try:
+            return sequence.begin_turn()
+        except Exception as error:  # whatever it is, it ends this session alone
+            self._fail(sequence, _sentence("A turn could not begin", error))
+            return True
+
+    def _encode(self) -> bool:
+        """Encode the chunk whose reply is due first."""
+        waiting = [s for s in self._open_sequences() if s.chunk_to_encode is not None]
+        if not waiting:
+            return False
+        sequence = min(waiting, key=lambda s: (s.deadline, s.number))
+        chunk = sequence.chunk_to_encode
+        assert chunk is not None
+        started = time.monotonic()
+        try:
+            sequence.encoded(self._executor.encode_vision(chunk.patches, chunk.grid))
+        except Exception as error:
+            self._fail(sequence, _sentence(f"{self._executor.name} could not encode", error))
+        self.figures.encoded += 1
+        self.figures.encode_seconds += time.monotonic() - started
+        return True
+
+    def _step(self) -> bool:
+        """Write one step's tokens and hand out its logits."""
+        members: dict[int, Sequence | Prefix] = {}
+        work: list[Work] = []
+        for sequence in self._open_sequences():
+            prefix = sequence.prefix
+            if not prefix.ready and prefix.number not in members:
+                members[prefix.number] = prefix
+                work.append(Work(prefix.number, float("-inf"), prefix.cache.unwritten, False))
+            if sequence.tokens_to_write:
+                members[sequence.number] = sequence
+                work.append(
+                    Work(
+                        sequence.number,
+                        sequence.deadline,
+                        sequence.tokens_to_write,
+                        sequence.decoding,
+                    )
+                )
+        shares = self._scheduler.schedule(work)
+        if not shares:
+            return False
+        batch = self._prepare(shares, members)
+        started = time.monotonic()
+        try:
+            logits = self._executor.step([given for _, given in batch])
+        except Exception as error:
+            sentence = _sentence(f"A step of {self._executor.name} failed", error)
+            for member, _ in batch:
+                self._fail(member, sentence)
+            return True
+        self._count_step(batch, time.monotonic() - started)
+        for (member, _), answer in zip(batch, logits, strict=True):
+            try:
+                member.step_done(answer)
+            except Exception as error:
+                self._fail(member, _sentence("A step could not be used", error))
+        return True
+
+    def _prepare(
+        self, shares: list[Share], members: dict[int, Sequence | Prefix]
+    ) -> list[tuple[Sequence | Prefix, SequenceInput]]:
+        """Pages and inputs for the step; who gets none of either ends."""
+        batch: list[tuple[Sequence | Prefix, SequenceInput]] = []
+        for share in shares:
+            member = members[share.sequence]
+            try:
+                batch.append((member, member.next_input(share.tokens)))
+            except Exception as error:
+                self._fail(member, _sentence("A step could not be prepared", error))
+        return batch
+
+    def _count_step(
+        self, batch: list[tuple[Sequence | Prefix, SequenceInput]], seconds: float
+    ) -> None:
+        figures = self.figures
+        figures.steps += 1
+        figures.shares += len(batch)
+        figures.tokens += sum(given.token_ids.size for _, given in batch)
+        figures.step_seconds += seconds
+        figures.last_step_seconds = seconds
+
+    def _fail(self, member: Sequence | Prefix, sentence: str) -> None:
+        """End a sequence, or all who share a prefix, with an error event."""
+        if isinstance(member, Prefix):
+            self._prefixes.discard(member)
+            for sequence in self._open_sequences():
+                if sequence.prefix is member:
+                    self._fail(sequence, sentence)
+            return
+        member.fail(sentence)
+        self._remove(member, sentence)
+
+    def _remove(self, sequence: Sequence, reason: str) -> None:
+        sequence.end(reason)
+        self._prefixes.release(sequence.prefix)
+        with self._changed:
+            del self._sequences[sequence.number]
+            self._changed.notify_all()
+
+
+def _sentence(what: str, error: Exception) -> str:
+    """One sentence for the session's error event; surprises are logged with their traceback."""
+    if isinstance(error, FramesinkError):
+        return str(error)
+    _log.error("%s", what, exc_info=error)
+    return f"{what} ({type(error).__name__}: {error})."
