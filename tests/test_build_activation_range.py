@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from framesink.calibration.activation_range import build_prompt, observe_activations
+from framesink.calibration.activation_range import observe_activations
 from framesink.calibration.observer import RangeObserver
+from framesink.calibration.prompt import build_prompt, embed_prompt
 from framesink.calibration.ranges import ActivationRanges
 from framesink.calibration.samples import generate_chunks
 from framesink.calibration.text_forward import run_language_model
@@ -69,10 +70,9 @@ def test_language_model_is_that_of_transformers(tiny_checkpoint: Path) -> None:
     protocol = ChatProtocol(Tokenizer.from_directory(tiny_checkpoint))
     random = np.random.default_rng(2)
     grids = [Grid(1, 8, 8), Grid(2, 4, 6)]
-    chunks = [
-        (random.standard_normal((grid.tokens(2), 64)).astype(np.float32), grid) for grid in grids
-    ]
-    inputs, positions = build_prompt(checkpoint, protocol, SMALL, chunks, 1.0)
+    vision = [random.standard_normal((grid.tokens(2), 64)).astype(np.float32) for grid in grids]
+    ids, positions = build_prompt(protocol, checkpoint.config, SMALL, grids, 1.0)
+    inputs = embed_prompt(checkpoint, ids, vision)
     observer = RangeObserver()
     found = run_language_model(checkpoint, inputs, positions, observer)
     with torch.no_grad():
@@ -95,13 +95,10 @@ def test_positions_of_a_prompt_follow_the_reference_rule(tiny_checkpoint: Path) 
     checkpoint = Checkpoint.open(tiny_checkpoint)
     protocol = ChatProtocol(Tokenizer.from_directory(tiny_checkpoint))
     grids = [Grid(1, 8, 8), Grid(3, 4, 6)]
-    marker = 7.0
-    chunks = [(np.full((grid.tokens(2), 64), marker, np.float32), grid) for grid in grids]
-    inputs, positions = build_prompt(checkpoint, protocol, SMALL, chunks, 1.0)
-    ids = [protocol.video_pad if (row == marker).all() else 0 for row in inputs]
+    ids, positions = build_prompt(protocol, checkpoint.config, SMALL, grids, 1.0)
     step = SMALL.temporal_patch_size / SMALL.fps * checkpoint.config.vision.tokens_per_second
     expected = mrope_positions(
-        ids,
+        ids.tolist(),
         [(grid.t, grid.h, grid.w) for grid in grids],
         video_pad=protocol.video_pad,
         merge_size=2,
