@@ -153,7 +153,9 @@ def _run_reference(
 ) -> _Run:
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
     model.eval()
     with torch.no_grad():

@@ -1,0 +1,80 @@
+"""`framesink build`, also known as `build-engines`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from framesink.cli.main import SentenceCommand
+
+POSITIVE = click.IntRange(min=1)
+PRECISION = click.Choice(["fp16", "fp8", "int8"])
+
+
+@click.command(cls=SentenceCommand, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model_dir", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Directory of the engine bundle.",
+)
+@click.option("--precision", type=PRECISION, default="fp16", show_default=True)
+@click.option("--vision-precision", type=PRECISION, help="Of the vision encoder, if it differs.")
+@click.option(
+    "--kv-precision",
+    type=click.Choice(["fp16", "int8", "fp8"]),
+    default="fp16",
+    show_default=True,
+    help="Of the K/V pages.",
+)
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="SM[,SM…]",
+    help="Architectures to compile for: sm80, sm86, sm89, sm120, current.",
+)
+@click.option(
+    "--calibration-video",
+    "calibration_videos",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Video to observe the model on; may be given again. Default: a generated scene.",
+)
+@click.option("--max-streams", type=POSITIVE, help="Streams in one step.  [default: 8]")
+@click.option("--max-context", type=POSITIVE, help="Tokens of a stream.  [default: 16384]")
+@click.option("--max-prefill", type=POSITIVE, help="New tokens in one step.  [default: 1024]")
+@click.option("--max-patches", type=POSITIVE, help="ViT patches at once.  [default: one chunk]")
+@click.option("--page-size", type=POSITIVE, help="K/V rows of a page.  [default: 16]")
+@click.option("--no-plans", is_flag=True, help="No TensorRT: a bundle for ONNX Runtime alone.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--verbose", is_flag=True, help="Print every message of the builder.")
+def build(model_dir: Path, output: Path, no_plans: bool, verbose: bool, **options: Any) -> None:
+    """Build an engine bundle from the checkpoint in MODEL_DIR.
+
+    Observes the model's activations, writes its weights and graphs, and compiles both parts to
+    TensorRT plans. Nothing is left behind when it fails or is interrupted.
+    """
+    from rich.console import Console
+
+    from framesink.build.options import BuildOptions
+    from framesink.build.pipeline import build_bundle
+    from framesink.cli.progress import RichReporter
+    from framesink.cli.summary import print_build_summary
+
+    targets = [
+        name.strip() for value in options.pop("targets") for name in value.split(",") if name
+    ]
+    given = {name: value for name, value in options.items() if value is not None}
+    build_options = BuildOptions(
+        checkpoint=model_dir,
+        output=output,
+        targets=tuple(targets),
+        plans=not no_plans,
+        **given,
+    )
+    with RichReporter(Console(stderr=True), verbose=verbose) as reporter:
+        summary = build_bundle(build_options, reporter)
+    print_build_summary(summary, Console())

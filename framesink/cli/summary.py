@@ -1,0 +1,89 @@
+"""Tables about bundles: what a build made, and what a bundle holds."""
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from framesink.build.reporter import BuildSummary
+from framesink.runtime.bundle import Bundle
+from framesink.runtime.manifest import Manifest, PartName
+
+PART_NAMES: tuple[PartName, ...] = ("vision_encoder", "language_model")
+
+
+def print_build_summary(summary: BuildSummary, console: Console) -> None:
+    """Parts and stages of a finished build."""
+    console.print(_parts_table(summary.manifest))
+    stages = Table("stage", title="Stages", title_justify="left")
+    stages.add_column("time", justify="right")
+    stages.add_column("peak memory", justify="right")
+    for stage in summary.stages:
+        stages.add_row(stage.name, f"{stage.seconds:.1f} s", format_bytes(stage.peak_memory))
+    console.print(stages)
+    for note in summary.notes:
+        console.print(note, style="yellow", highlight=False, markup=False)
+    size = format_bytes(sum(file.size for file in summary.manifest.files.values()))
+    console.print(f"{summary.output}: {size}", highlight=False, markup=False)
+
+
+def print_bundle(bundle: Bundle, console: Console) -> None:
+    """All a person wants to know of a bundle."""
+    manifest = bundle.manifest
+    text, vision = manifest.model.text, manifest.model.vision
+    limits, streaming = manifest.limits, manifest.streaming
+    facts = {
+        "bundle": str(bundle.directory),
+        "model": f"{manifest.model_name} ({manifest.model.model_type})",
+        "built": f"{manifest.created} by framesink {manifest.framesink_version}",
+        "language model": f"{text.num_hidden_layers} layers, hidden {text.hidden_size}, "
+        f"{text.num_attention_heads} heads ({text.num_key_value_heads} KV), "
+        f"vocabulary {text.vocab_size}",
+        "vision encoder": f"{vision.depth} blocks, hidden {vision.hidden_size}, "
+        f"{vision.num_heads} heads, patch {vision.patch_size}",
+        "frames": f"{manifest.preprocess.fps:g} per second, {manifest.preprocess.min_pixels:,} to "
+        f"{manifest.preprocess.max_pixels:,} pixels",
+        "K/V pages": f"{manifest.cache_precision}, {manifest.page_size} rows each",
+        "limits": f"{limits.max_streams} streams, context {limits.max_context}, "
+        f"prefill {limits.max_prefill}, {limits.max_patches} patches",
+        "streaming": f"chunks of {streaming.chunk_seconds:g} s, window "
+        f"{streaming.vision_seconds:g} s vision, {streaming.sink_text} + {streaming.recent_text} "
+        f"text, replies of {streaming.reply_turns} turns",
+        "query": streaming.query or "none",
+        "versions": ", ".join(f"{name} {value}" for name, value in manifest.versions.items()),
+    }
+    table = Table(show_header=False, box=None)
+    table.add_column(style="bold", no_wrap=True)
+    for name, value in facts.items():
+        table.add_row(name, escape(value))
+    console.print(table)
+    console.print(_parts_table(manifest))
+    size = format_bytes(sum(file.size for file in manifest.files.values()))
+    console.print(f"{len(manifest.files)} files, {size}", highlight=False)
+
+
+def format_bytes(size: int) -> str:
+    """A size in the unit that suits it."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size / 1e3:.1f} kB"
+
+
+def _parts_table(manifest: Manifest) -> Table:
+    table = Table("part", "precision", "ONNX Runtime", "TensorRT", "targets", title="Parts")
+    table.title_justify = "left"
+    table.add_column("plan", justify="right")
+    for name in PART_NAMES:
+        part = manifest.part(name)
+        if not part.plans:
+            table.add_row(name, part.precision, part.executed.compute_type, "–", "none", "–")
+        for plan in part.plans:
+            table.add_row(
+                name,
+                part.precision,
+                part.executed.compute_type,
+                f"{plan.builder} {plan.builder_version}",
+                ", ".join(plan.targets),
+                format_bytes(manifest.files[plan.path].size),
+            )
+    return table
