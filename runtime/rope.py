@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from framesink.runtime.arrays import AnyArray, Int32Array
-from framesink.runtime.models.config import TextConfig, VisionConfig
+from framesink.runtime.models.config import VISION_ROPE_THETA, TextConfig, VisionConfig
 from framesink.runtime.preprocess import Grid
 
-VISION_THETA = 10_000.0
 INITIAL_POSITIONS = 4096
 
 
@@ -60,7 +59,7 @@ def vision_rotary(grids: Sequence[Grid], config: VisionConfig, dtype: DTypeLike)
     half of the pairs turns by the patch's row, the second by its column."""
     quarter = np.arange(0, config.head_dim // 2, 2, dtype=np.float32)
     exponents = quarter / np.float32(config.head_dim // 2)
-    frequencies = (1.0 / np.float32(VISION_THETA) ** exponents).astype(np.float32)
+    frequencies = (1.0 / np.float32(VISION_ROPE_THETA) ** exponents).astype(np.float32)
     positions = np.concatenate([_patch_positions(grid, config) for grid in grids])
     angles = (positions[:, :, None].astype(np.float32) * frequencies).reshape(len(positions), -1)
     tables: AnyArray = np.stack([np.cos(angles), np.sin(angles)]).astype(dtype)

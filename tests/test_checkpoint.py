@@ -174,6 +174,15 @@ def test_both_config_layouts_are_the_same_model(checkpoint: Path) -> None:
         ({"vision_config": {**PUBLISHED_3B["vision_config"], "depth": 4}}, ["beyond its 4 blocks"]),
         ({"vision_config": {**PUBLISHED_3B["vision_config"], "num_heads": 3}}, ["3 heads"]),
         ({"vision_config": {**PUBLISHED_3B["vision_config"], "window_size": 14}}, ["window_size"]),
+        (
+            {
+                "vision_config": {
+                    **PUBLISHED_3B["vision_config"],
+                    "rope_parameters": {"rope_theta": 5.0},
+                }
+            },
+            ["rope_parameters.rope_theta", "5.0"],
+        ),
     ],
 )
 def test_a_config_it_cannot_run_is_named(changes: dict[str, Any], words: list[str]) -> None:

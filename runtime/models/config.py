@@ -11,6 +11,7 @@ from typing import Any
 from framesink.runtime.errors import CheckpointError
 
 SUPPORTED_MODEL_TYPES = ("qwen2_5_vl",)
+VISION_ROPE_THETA = 10_000.0
 MAX_SIZE = 1 << 24
 MAX_LAYERS = 1024
 
@@ -154,6 +155,9 @@ def _parse_text(text: "_Section", root: "_Section") -> TextConfig:
 
 def _parse_vision(vision: "_Section") -> VisionConfig:
     vision.require("hidden_act", "silu")
+    rope = _Section("vision_config.rope_parameters.", vision.mapping("rope_parameters", default={}))
+    rope.require("rope_type", "axial")
+    rope.require("rope_theta", VISION_ROPE_THETA)
     depth = vision.size("depth", maximum=MAX_LAYERS)
     config = VisionConfig(
         depth=depth,
