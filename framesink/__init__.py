@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from framesink.runtime.policies import FullAttention, SinkWindow, SlidingWindow
     from framesink.runtime.sampler import SamplingParams
     from framesink.runtime.session import Session
+    from framesink.runtime.video.capture import ChunkStream
+    from framesink.runtime.video.source import open_source
 
 _HOMES = {
+    "ChunkStream": "framesink.runtime.video.capture",
     "Event": "framesink.runtime.events",
     "EventKind": "framesink.runtime.events",
     "FramesinkError": "framesink.runtime.errors",
@@ -25,9 +28,11 @@ _HOMES = {
     "SinkWindow": "framesink.runtime.policies",
     "SlidingWindow": "framesink.runtime.policies",
     "StreamingEngine": "framesink.runtime.engine",
+    "open_source": "framesink.runtime.video.source",
 }
 
 __all__ = [
+    "ChunkStream",
     "Event",
     "EventKind",
     "FramesinkError",
@@ -37,6 +42,7 @@ __all__ = [
     "SinkWindow",
     "SlidingWindow",
     "StreamingEngine",
+    "open_source",
 ]
 
 

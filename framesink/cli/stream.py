@@ -9,7 +9,6 @@ from typing import Any
 import click
 from rich.console import Console
 
-from framesink.runtime.bundle import Bundle
 from framesink.runtime.captions.jsonl import JsonlWriter
 from framesink.runtime.captions.webvtt import WebVttWriter
 from framesink.runtime.captions.writer import CaptionWriter
@@ -124,25 +123,22 @@ def stream(source: str, engines: Path, asks: tuple[str, ...], **options: Any) ->
             timeout_seconds=options["timeout"],
         )
         stack.callback(video.close)
-        manifest = Bundle.open(engines, check="sizes").manifest
-        policy = _policy(options, manifest.streaming)
-        sampling = _sampling(options, manifest.streaming)
         engine = stack.enter_context(
             StreamingEngine.load(
                 engines, options["executor"], max_sessions=1, threads=options["threads"]
             )
         )
         session = engine.open_session(
-            policy,
+            _policy(options, engine.defaults),
             options["query"],
-            sampling,
+            _sampling(options, engine.defaults),
             max_new_tokens=options["max_new_tokens"],
             max_pending_chunks=1,
         )
         chunks = ChunkStream(
             video,
-            options["fps"] or manifest.preprocess.fps,
-            manifest.streaming.chunk_seconds,
+            options["fps"] or engine.preprocess.fps,
+            engine.defaults.chunk_seconds,
             options["drop_policy"],
             options["realtime"],
         )
@@ -150,7 +146,7 @@ def stream(source: str, engines: Path, asks: tuple[str, ...], **options: Any) ->
             writer.start()
         view = _view()
         stack.callback(view.close)
-        view.note(f"{video.name} → {manifest.model_name} in {engines}")
+        view.note(f"{video.name} → {engines}")
         view.note(engine.executor_reason)
         narration = Narration(
             engine,

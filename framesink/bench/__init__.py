@@ -1,0 +1,1 @@
+"""Benchmarks of a bundle: time per chunk, endurance, concurrency."""

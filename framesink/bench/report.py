@@ -1,0 +1,136 @@
+"""Benchmark reports as tables and as JSON."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from framesink.bench.chunk import ChunkReport
+from framesink.bench.concurrency import ConcurrencyReport
+from framesink.bench.endurance import EnduranceReport
+from framesink.bench.measure import Quantiles
+from framesink.runtime.errors import OutputError
+
+Report = ChunkReport | EnduranceReport | ConcurrencyReport
+
+
+def write_json(report: Report, path: Path) -> None:
+    """Write a report, times in seconds and memory in bytes. Raises OutputError."""
+    name = type(report).__name__.removesuffix("Report").lower()
+    content: dict[str, Any] = {"benchmark": name, **_finite(asdict(report))}
+    if isinstance(report, EnduranceReport):
+        content |= {
+            "resident_growth": report.resident_growth,
+            "pages_growth": report.pages_growth,
+            "time_ratio": report.time_ratio,
+        }
+    try:
+        path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise _refusal(path, error) from error
+
+
+def require_writable(path: Path) -> None:
+    """Raise OutputError if a report could not be written; an hour's work should not be lost."""
+    existed = path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise _refusal(path, error) from error
+    if not existed:
+        path.unlink()
+
+
+def _refusal(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"The report cannot be written to {path} ({error.strerror}); give another file."
+    )
+
+
+def chunk_table(report: ChunkReport) -> Table:
+    """Time per chunk."""
+    height, width = report.frame_size
+    table = _time_table(
+        f"One session, {report.chunks} chunks of {width}×{height} after {report.warmup} to warm up",
+        (("chunk", report.chunk), ("TTFT", report.ttft), ("ITL", report.itl)),
+    )
+    table.add_row("frames per second", f"{report.fps:.1f}", "")
+    table.add_row("real-time factor", f"{report.realtime_factor:.2f}×", "")
+    table.add_row("tokens per chunk", f"{report.tokens_per_chunk:.1f}", "")
+    table.add_row("context, tokens", f"{report.context_tokens:,}", "")
+    table.add_row("KV pages in use", f"{report.pages_used} of {report.pages_total}", "")
+    table.add_row("resident memory", _mebibytes(report.resident), "")
+    return table
+
+
+def concurrency_table(report: ConcurrencyReport) -> Table:
+    """Many sessions."""
+    table = _time_table(
+        f"{report.sessions} sessions at once, {report.chunks} chunks each",
+        (("chunk", report.chunk), ("TTFT", report.ttft), ("ITL", report.itl)),
+    )
+    speedup = report.alone_seconds / report.together_seconds
+    table.add_row("frames per second, all", f"{report.fps:.1f}", "")
+    table.add_row("one after another", f"{report.alone_seconds:.2f} s", "")
+    table.add_row("together", f"{report.together_seconds:.2f} s", f"{speedup:.2f}× faster")
+    table.add_row("sequences per step", f"{report.mean_batch:.1f}", "")
+    table.add_row("same tokens as alone", f"{report.same_tokens} of {report.sessions}", "")
+    table.add_row("KV pages, most", f"{report.pages_peak} of {report.pages_total}", "")
+    table.add_row("resident memory", _mebibytes(report.resident), "")
+    return table
+
+
+def endurance_table(report: EnduranceReport) -> Table:
+    """Every checkpoint, and what grew between the first and the last."""
+    table = Table(title="One session without an end", title_justify="left")
+    for name in ("chunk", "resident", "KV pages", "context, tokens", "chunk time, p50 of last 50"):
+        table.add_column(name, justify="right")
+    for checkpoint in report.checkpoints:
+        table.add_row(
+            f"{checkpoint.chunk:,}",
+            _mebibytes(checkpoint.resident),
+            str(checkpoint.pages_used),
+            f"{checkpoint.context_tokens:,}",
+            _milliseconds(checkpoint.chunk_seconds),
+        )
+    table.add_section()
+    table.add_row(
+        "growth",
+        f"{report.resident_growth / 2**20:+.1f} MiB",
+        f"{report.pages_growth:+d}",
+        "",
+        f"{report.time_ratio:.3f}×",
+    )
+    return table
+
+
+def _time_table(title: str, rows: Sequence[tuple[str, Quantiles]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    table.add_column("p50", justify="right")
+    table.add_column("p99", justify="right")
+    for name, quantiles in rows:
+        table.add_row(name, _milliseconds(quantiles.p50), _milliseconds(quantiles.p99))
+    table.add_section()
+    return table
+
+
+def _milliseconds(seconds: float) -> str:
+    return "–" if math.isnan(seconds) else f"{seconds * 1000:.1f} ms"
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"
+
+
+def _finite(value: Any) -> Any:
+    """NaN, which JSON does not have, becomes null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,131 @@
+"""`framesink bench`: how fast, how long, how many."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import click
+from rich.console import Console
+from rich.progress import Progress
+
+from framesink.bench.chunk import measure_chunks
+from framesink.bench.concurrency import measure_concurrency
+from framesink.bench.endurance import measure_endurance
+from framesink.bench.input import clip_chunks, generated_chunks
+from framesink.bench.report import (
+    Report,
+    chunk_table,
+    concurrency_table,
+    endurance_table,
+    require_writable,
+    write_json,
+)
+from framesink.runtime.engine import StreamingEngine
+from framesink.runtime.errors import OptionError
+from framesink.runtime.video.chunk import Chunk
+
+_COUNT = click.IntRange(min=1)
+_CHUNKS = {"chunk": 60, "endurance": 3600, "concurrency": 20}
+# Time per chunk is that of full windows; sessions at once are compared from their first token.
+_WARMUP = {"chunk": 20, "endurance": 0, "concurrency": 3}
+
+
+@click.command()
+@click.argument("what", type=click.Choice(["chunk", "endurance", "concurrency"]), default="chunk")
+@click.option(
+    "--engines",
+    required=True,
+    metavar="BUNDLE",
+    type=click.Path(path_type=Path),
+    help="The engine bundle that build-engines made.",
+)
+@click.option("--clip", type=click.Path(path_type=Path), help="A video to measure with, looped.")
+@click.option(
+    "--size",
+    default="448x448",
+    show_default=True,
+    metavar="WIDTHxHEIGHT",
+    help="Size of generated frames, without --clip.",
+)
+@click.option("--chunks", type=_COUNT, help="Chunks to run: 60, endurance 3600, concurrency 20.")
+@click.option("--warmup", type=_COUNT, help="Chunks not counted: chunk 20, concurrency 3.")
+@click.option("--sessions", type=_COUNT, default=16, show_default=True, help="concurrency only.")
+@click.option("--max-new-tokens", type=_COUNT, help="Longest reply to one chunk.")
+@click.option("--executor", default="auto", show_default=True, help="Which executor runs it.")
+@click.option("--threads", type=_COUNT, help="CPU threads; by default one per physical core.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures.")
+def bench(
+    what: Literal["chunk", "endurance", "concurrency"],
+    engines: Path,
+    clip: Path | None,
+    size: str,
+    chunks: int | None,
+    warmup: int | None,
+    sessions: int,
+    max_new_tokens: int | None,
+    executor: str,
+    threads: int | None,
+    json_path: Path | None,
+) -> None:
+    """Measure a bundle on this machine.
+
+    chunk: time per chunk of one session. endurance: one session for very long, to see that nothing
+    grows. concurrency: many sessions at once, each compared with itself alone.
+    """
+    console = Console(highlight=False)
+    width, height = _parse_size(size)
+    count = chunks or _CHUNKS[what]
+    uncounted = warmup or _WARMUP[what]
+    if json_path is not None:
+        require_writable(json_path)
+    with StreamingEngine.load(
+        engines,
+        executor,
+        max_sessions=sessions if what == "concurrency" else 1,
+        threads=threads,
+    ) as engine:
+        fps, chunk_seconds = engine.preprocess.fps, engine.defaults.chunk_seconds
+
+        def video(seed: int) -> Iterator[Chunk]:
+            if clip is not None:
+                return clip_chunks(clip, fps, chunk_seconds)
+            return generated_chunks(height, width, fps, chunk_seconds, seed)
+
+        console.print(engine.executor_reason, style="dim")
+        report: Report
+        if what == "chunk":
+            report = measure_chunks(
+                engine, video(0), chunks=count, warmup=uncounted, max_new_tokens=max_new_tokens
+            )
+            table = chunk_table(report)
+        elif what == "endurance":
+            with Progress(console=console, transient=True) as progress:
+                task = progress.add_task("chunks", total=count)
+                report = measure_endurance(
+                    engine,
+                    progress.track(video(0), total=count, task_id=task),
+                    chunks=count,
+                    max_new_tokens=max_new_tokens,
+                )
+            table = endurance_table(report)
+        else:
+            report = measure_concurrency(
+                engine,
+                video,
+                sessions=sessions,
+                chunks=count + uncounted,
+                warmup=uncounted,
+                max_new_tokens=max_new_tokens,
+            )
+            table = concurrency_table(report)
+    console.print(table)
+    if json_path is not None:
+        write_json(report, json_path)
+
+
+def _parse_size(value: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,5})[x×](\d{1,5})", value)
+    if match is None or "0" in match.groups():
+        raise OptionError(f"--size {value!r} is not WIDTHxHEIGHT, such as 1280x720.")
+    return int(match[1]), int(match[2])
