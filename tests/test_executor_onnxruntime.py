@@ -1,5 +1,7 @@
 """The ONNX Runtime executor against one dense forward of transformers."""
 
+import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,10 +9,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
-from reference.graph_files import load_executor, write_graphs
+from reference.graph_files import LANGUAGE_MODEL, load_executor, write_graphs
 
+from framesink.runtime.bundle import Bundle
+from framesink.runtime.errors import BundleError, CapacityError, FramesinkError
+from framesink.runtime.executors import create_executor
 from framesink.runtime.executors.base import ContextView, SequenceInput
+from framesink.runtime.executors.batching import MAX_PADDING, group_by_size
 from framesink.runtime.executors.onnxruntime import OnnxRuntimeExecutor
 from framesink.runtime.manifest import ComputeType
 from framesink.runtime.preprocess import Grid
@@ -206,3 +214,84 @@ def test_only_its_own_slots_are_written(
         expected[page, row] = True
         assert (changed <= expected).all()
         assert changed[page, row].all()
+
+
+def test_vision_embeddings_must_match_their_placeholders(
+    executor: OnnxRuntimeExecutor, talks: list[Conversation]
+) -> None:
+    stream = PagedStream(executor, talks[0], list(range(1, NUM_PAGES)), 0)
+    part = stream.next(len(talks[0].ids))
+    assert part.vision_embeddings is not None
+    short = dataclasses.replace(part, vision_embeddings=part.vision_embeddings[:-1])
+    with pytest.raises(ValueError, match="shape"):
+        executor.step([short])
+
+
+def test_auto_says_what_it_chose_and_why(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle, check="sizes")
+    executor, reason = create_executor(bundle, num_pages=8)
+    assert executor.name == "onnxruntime"
+    assert (executor.num_pages, executor.page_size) == (8, bundle.manifest.page_size)
+    assert reason.startswith("onnxruntime on the CPU: ")
+    assert "GPU" in reason
+    executor.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("tensorrt", "not part of this version"), ("abacus", "unknown")],
+)
+def test_an_executor_that_is_not_there(tiny_bundle: Path, name: str, words: str) -> None:
+    with pytest.raises(FramesinkError, match=words) as caught:
+        create_executor(Bundle.open(tiny_bundle, check="sizes"), name, num_pages=8)
+    assert "onnxruntime" in str(caught.value)
+
+
+def test_pages_that_do_not_fit_into_memory(tiny_bundle: Path) -> None:
+    with pytest.raises(CapacityError, match="GB"):
+        create_executor(Bundle.open(tiny_bundle, check="sizes"), num_pages=10**10)
+
+
+def test_a_graph_that_is_none(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    write_graphs(tiny_checkpoint, tmp_path, compute_type="float32")
+    (tmp_path / LANGUAGE_MODEL).write_bytes(b"no graph")
+    with pytest.raises(BundleError, match=re.escape(LANGUAGE_MODEL)):
+        load_executor(tmp_path, num_pages=8)
+
+
+def test_a_type_that_the_cpu_cannot_compute(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    write_graphs(tiny_checkpoint, tmp_path, compute_type="bfloat16")
+    with pytest.raises(BundleError, match="onnx"):
+        load_executor(tmp_path, num_pages=8)
+
+
+@settings(deadline=None)
+@given(
+    sizes=st.lists(
+        st.tuples(st.integers(1, 20) | st.just(1), st.integers(1, 40)), min_size=1, max_size=9
+    )
+)
+def test_groups_cover_a_step_and_keep_padding_small(sizes: list[tuple[int, int]]) -> None:
+    batch = [empty_sequence(new, pages) for new, pages in sizes]
+    groups = list(group_by_size(batch, PAGE))
+    assert sorted(place for group in groups for place in group) == list(range(len(batch)))
+    for group in groups:
+        lengths = [sizes[place][0] for place in group]
+        assert set(lengths) == {1} or 1 not in lengths
+        cells = [(new, new + pages * PAGE) for new, pages in (sizes[place] for place in group)]
+        padded = (
+            len(group)
+            * max(lengths)
+            * (max(lengths) + PAGE * max(sizes[place][1] for place in group))
+        )
+        assert padded <= (1 + MAX_PADDING) * sum(new * keys for new, keys in cells)
+
+
+def empty_sequence(new: int, pages: int) -> SequenceInput:
+    context = ContextView(
+        np.zeros(pages, np.int32),
+        np.zeros((3, pages * PAGE), np.int32),
+        np.zeros(pages * PAGE, np.bool_),
+    )
+    slots = np.zeros(new, np.int32)
+    return SequenceInput(slots, None, np.zeros((3, new), np.int32), slots, context, True)
