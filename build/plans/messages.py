@@ -14,6 +14,7 @@ Severity = Literal["error", "warning", "info"]
 # Each of these means that the plan computes something else than the graph says.
 _WRONG_NUMBERS = (
     r"unused input",
+    r"is unused",
     r"ignor(es|ed|ing)\b",
     r"clamp(ed|ing)\b",
     r"default(s|ed|ing) to\b",

@@ -54,7 +54,7 @@ def compile_in_process(
         _cancel(process)
         job.plan.unlink(missing_ok=True)
         raise
-    if isinstance(result, CompiledPlan):
+    if isinstance(result, CompiledPlan) and status == 0:
         return result, memory.peak
     job.plan.unlink(missing_ok=True)
     if isinstance(result, Failure):
