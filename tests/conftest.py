@@ -40,7 +40,14 @@ def tiny_bundle_with_pages(
     @cache
     def build(page_size: int) -> Path:
         output = tmp_path_factory.mktemp("bundles") / f"pages-of-{page_size}"
-        options = BuildOptions(tiny_checkpoint, output, plans=False, page_size=page_size)
+        options = BuildOptions(
+            tiny_checkpoint,
+            output,
+            plans=False,
+            page_size=page_size,
+            max_streams=16,
+            max_context=4096,
+        )
         build_bundle(options, SilentReporter())
         return output
 

@@ -123,11 +123,6 @@ def test_text_after_a_long_block_goes_on_after_its_largest_position() -> None:
     assert found == [(0, 0, 0), (1, 1, 1), (3, 1, 1), (5, 1, 1), (6, 6, 6)]
 
 
-def _body(stream: DenseStream, record: TurnRecord) -> list[int]:
-    words = [token for token in record.tokens if token not in (stream.im_end, stream.end_of_text)]
-    return words[:-1] if words[-1:] == stream.closing else words
-
-
 def _closed_form(
     stream: DenseStream,
     records: list[TurnRecord],
@@ -151,7 +146,7 @@ def _closed_form(
     if pinned is not None:
         ids += [*opening("user"), *encode(pinned), *close]
     left = max(0, turn - replies + 1)
-    moved = [token for record in records[:left] for token in _body(stream, record)]
+    moved = [token for record in records[:left] for token in stream.words(record.tokens)]
     if len(moved) > sink + recent:
         moved = moved[:sink] + moved[len(moved) - recent :]
     ids += [*opening("previous text"), *moved, *close]

@@ -104,20 +104,27 @@ class DenseStream:
 
     def chunk(
         self,
-        frames: NDArray[np.uint8],
+        frames: NDArray[np.uint8] | None,
         t0: float,
         t1: float,
         question: str | None = None,
+        said: Sequence[int] | None = None,
     ) -> TurnRecord:
-        """Evict, append a turn for `frames` (uint8 `[T, H, W, 3]`, of the model's size), reply."""
+        """Evict, append a turn for `frames` (uint8 `[T, H, W, 3]`, of the model's size), reply.
+
+        Without frames the turn is a question alone. The reply is greedy, or `said` where given:
+        then the logits are those before each of its tokens.
+        """
         if self.turn > 0:
             self._evict()
-        patches, grid = patchify(frames, self.merge_size)
-        vision = self.dense.encode_vision(patches, grid)
-        self.grids.append(grid)
         self.ids += self._header("user")
         self.ids += self.tokenizer.encode(f"Time={t0:.1f}-{t1:.1f}s")
-        self.ids += [self.vision_start, *[self.video_pad] * len(vision), self.vision_end]
+        vision = None
+        if frames is not None:
+            patches, grid = patchify(frames, self.merge_size)
+            vision = self.dense.encode_vision(patches, grid)
+            self.grids.append(grid)
+            self.ids += [self.vision_start, *[self.video_pad] * len(vision), self.vision_end]
         if self.turn == 0 and self.first_turn_query is not None:
             self.ids += self.tokenizer.encode_plain(self.first_turn_query)
         if question is not None:
@@ -125,20 +132,21 @@ class DenseStream:
         self.ids += [self.im_end, *self.newline, *self._header("assistant")]
 
         record = TurnRecord(self.turn, list(self.ids), self.positions())
-        self._reply(vision, record)
+        self._reply(vision, record, said)
         self.turn += 1
         return record
 
-    def _reply(self, vision: torch.Tensor, record: TurnRecord) -> None:
+    def _reply(self, vision: torch.Tensor, record: TurnRecord, said: Sequence[int] | None) -> None:
         unwritten: torch.Tensor | None = vision
-        while len(record.tokens) < self.max_new_tokens:
+        limit = self.max_new_tokens if said is None else len(said)
+        while len(record.tokens) < limit:
             logits = self.dense.forward(
                 self.ids[self.dense.rows :], unwritten, self.positions()
             ).double()
             unwritten = None
             record.logits.append(logits.numpy())
             scores = self.repetition_penalty(torch.tensor([self.ids]), logits[None].clone())
-            token = int(scores.argmax())
+            token = int(scores.argmax()) if said is None else said[len(record.tokens)]
             record.tokens.append(token)
             if token in (self.im_end, self.end_of_text):
                 break
@@ -154,6 +162,11 @@ class DenseStream:
             merge_size=self.merge_size,
             time_step=self.time_step,
         )
+
+    def words(self, tokens: Sequence[int]) -> list[int]:
+        """The words of a reply: its tokens without the closing and the stop token."""
+        words = [token for token in tokens if token not in (self.im_end, self.end_of_text)]
+        return words[: -len(self.closing)] if words[-len(self.closing) :] == self.closing else words
 
     # Eviction, before a turn is built.
 
