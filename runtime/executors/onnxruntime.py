@@ -168,6 +168,8 @@ def _load(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = LOG_ERRORS_ONLY
+    # Threads that wait must not burn the cores that capture and the terminal need.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # One remembered allocation plan per combination of lengths would grow without end.
     options.enable_mem_pattern = False
     try:
