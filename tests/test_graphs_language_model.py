@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx.checker
 import onnx_ir
 import onnxruntime
 import pytest
@@ -121,6 +122,11 @@ def test_a_tied_head_is_the_embedding(tiny_checkpoint: Path, tmp_path: Path) -> 
     graph = onnx_ir.load(tmp_path / "graphs" / LANGUAGE_MODEL).graph
     assert "lm_head.weight" not in graph.initializers
     assert "model.embed_tokens.weight" in graph.initializers
+
+
+def test_the_graphs_are_valid_onnx(graphs: Path) -> None:
+    for file in (LANGUAGE_MODEL, VISION_ENCODER):
+        onnx.checker.check_model(graphs / file, full_check=True)
 
 
 def test_names_lead_back_to_the_code(graphs: Path) -> None:

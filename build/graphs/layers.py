@@ -16,7 +16,7 @@ from framesink.runtime.manifest import ComputeType
 from framesink.runtime.models.safetensors import TensorInfo
 
 OPSET = 24
-IR_VERSION = 11
+IR_VERSION = 12
 DATA_TYPES: Mapping[str, ir.DataType] = {
     "float16": ir.DataType.FLOAT16,
     "bfloat16": ir.DataType.BFLOAT16,
