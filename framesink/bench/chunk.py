@@ -6,6 +6,7 @@ from itertools import islice
 
 from framesink.bench.measure import ChunkResult, Quantiles, TimedSession, resident_bytes
 from framesink.runtime.engine import StreamingEngine
+from framesink.runtime.policies import Policy
 from framesink.runtime.video.chunk import Chunk
 
 
@@ -36,10 +37,11 @@ def measure_chunks(
     *,
     chunks: int,
     warmup: int,
+    policy: Policy | None = None,
     max_new_tokens: int | None = None,
 ) -> ChunkReport:
     """Run `warmup` chunks, then measure `chunks`; both at least 1."""
-    with engine.open_session(max_new_tokens=max_new_tokens) as session:
+    with engine.open_session(policy, max_new_tokens=max_new_tokens) as session:
         timed = TimedSession(session)
         video_seconds = 0.0
         results: list[ChunkResult] = []

@@ -9,6 +9,7 @@ from itertools import islice
 
 from framesink.bench.measure import ChunkResult, Quantiles, TimedSession, resident_bytes
 from framesink.runtime.engine import StreamingEngine
+from framesink.runtime.policies import Policy
 from framesink.runtime.session import Session
 from framesink.runtime.video.chunk import Chunk
 
@@ -45,6 +46,7 @@ def measure_concurrency(
     sessions: int,
     chunks: int,
     warmup: int,
+    policy: Policy | None = None,
     max_new_tokens: int | None = None,
 ) -> ConcurrencyReport:
     """Run every session alone, then all at once; `source(i)` is the video of session i.
@@ -53,7 +55,7 @@ def measure_concurrency(
     """
 
     def opened() -> Session:
-        return engine.open_session(max_new_tokens=max_new_tokens)
+        return engine.open_session(policy, max_new_tokens=max_new_tokens)
 
     def watch(session: Session, video: Iterator[Chunk]) -> tuple[list[ChunkResult], int]:
         timed, peak = TimedSession(session), 0

@@ -23,11 +23,7 @@ def write_json(report: Report, path: Path) -> None:
     name = type(report).__name__.removesuffix("Report").lower()
     content: dict[str, Any] = {"benchmark": name, **_finite(asdict(report))}
     if isinstance(report, EnduranceReport):
-        content |= {
-            "resident_growth": report.resident_growth,
-            "pages_growth": report.pages_growth,
-            "time_ratio": report.time_ratio,
-        }
+        content |= {"growth": asdict(report.growth), "full_growth": asdict(report.full_growth)}
     try:
         path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
@@ -86,8 +82,8 @@ def concurrency_table(report: ConcurrencyReport) -> Table:
 
 def endurance_table(report: EnduranceReport) -> Table:
     """Every checkpoint, and what grew between the first and the last."""
-    table = Table(title="One session without an end", title_justify="left")
-    for name in ("chunk", "resident", "KV pages", "context, tokens", "chunk time, p50 of last 50"):
+    table = _titled("One session without an end (times: p50 of the last 50 chunks)")
+    for name in ("chunk", "resident", "KV pages", "context, tokens", "chunk time", "ITL"):
         table.add_column(name, justify="right")
     for checkpoint in report.checkpoints:
         table.add_row(
@@ -96,27 +92,34 @@ def endurance_table(report: EnduranceReport) -> Table:
             str(checkpoint.pages_used),
             f"{checkpoint.context_tokens:,}",
             _milliseconds(checkpoint.chunk_seconds),
+            _milliseconds(checkpoint.itl),
         )
     table.add_section()
-    table.add_row(
-        "growth",
-        f"{report.resident_growth / 2**20:+.1f} MiB",
-        f"{report.pages_growth:+d}",
-        "",
-        f"{report.time_ratio:.3f}×",
-    )
+    for growth in dict.fromkeys((report.growth, report.full_growth)):
+        table.add_row(
+            f"since {growth.since:,}",
+            f"{growth.resident / 2**20:+.1f} MiB",
+            f"{growth.pages:+d}",
+            "",
+            f"{growth.chunk_ratio:.2f}×",
+            f"{growth.itl_ratio:.2f}×",
+        )
     return table
 
 
 def _time_table(title: str, rows: Sequence[tuple[str, Quantiles]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
+    table = _titled(title)
+    table.add_column("", min_width=24)
     table.add_column("p50", justify="right")
     table.add_column("p99", justify="right")
     for name, quantiles in rows:
         table.add_row(name, _milliseconds(quantiles.p50), _milliseconds(quantiles.p99))
     table.add_section()
     return table
+
+
+def _titled(title: str) -> Table:
+    return Table(title=title, title_justify="left", min_width=len(title) + 2)
 
 
 def _milliseconds(seconds: float) -> str:

@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 from rich.console import Console
@@ -23,6 +24,7 @@ from framesink.bench.report import (
 )
 from framesink.runtime.engine import StreamingEngine
 from framesink.runtime.errors import OptionError
+from framesink.runtime.session_plan import default_policy
 from framesink.runtime.video.chunk import Chunk
 
 _COUNT = click.IntRange(min=1)
@@ -51,6 +53,9 @@ _WARMUP = {"chunk": 20, "endurance": 0, "concurrency": 3}
 @click.option("--chunks", type=_COUNT, help="Chunks to run: 60, endurance 3600, concurrency 20.")
 @click.option("--warmup", type=_COUNT, help="Chunks not counted: chunk 20, concurrency 3.")
 @click.option("--sessions", type=_COUNT, default=16, show_default=True, help="concurrency only.")
+@click.option("--sink-text", type=click.IntRange(min=0), help="First tokens of text kept.")
+@click.option("--recent-text", type=click.IntRange(min=0), help="Last tokens of text kept.")
+@click.option("--vision-seconds", type=click.FloatRange(min=0), help="Seconds of video kept.")
 @click.option("--max-new-tokens", type=_COUNT, help="Longest reply to one chunk.")
 @click.option("--executor", default="auto", show_default=True, help="Which executor runs it.")
 @click.option("--threads", type=_COUNT, help="CPU threads; by default one per physical core.")
@@ -63,6 +68,9 @@ def bench(
     chunks: int | None,
     warmup: int | None,
     sessions: int,
+    sink_text: int | None,
+    recent_text: int | None,
+    vision_seconds: float | None,
     max_new_tokens: int | None,
     executor: str,
     threads: int | None,
@@ -92,20 +100,35 @@ def bench(
                 return clip_chunks(clip, fps, chunk_seconds)
             return generated_chunks(height, width, fps, chunk_seconds, seed)
 
+        windows: dict[str, Any] = {
+            "sink_text": sink_text,
+            "recent_text": recent_text,
+            "vision_seconds": vision_seconds,
+        }
+        given = {name: value for name, value in windows.items() if value is not None}
+        policy = replace(default_policy(engine.defaults), **given)
         console.print(engine.executor_reason, style="dim")
         report: Report
         if what == "chunk":
             report = measure_chunks(
-                engine, video(0), chunks=count, warmup=uncounted, max_new_tokens=max_new_tokens
+                engine,
+                video(0),
+                chunks=count,
+                warmup=uncounted,
+                policy=policy,
+                max_new_tokens=max_new_tokens,
             )
             table = chunk_table(report)
         elif what == "endurance":
-            with Progress(console=console, transient=True) as progress:
+            with Progress(
+                console=console, transient=True, disable=not console.is_terminal
+            ) as progress:
                 task = progress.add_task("chunks", total=count)
                 report = measure_endurance(
                     engine,
                     progress.track(video(0), total=count, task_id=task),
                     chunks=count,
+                    policy=policy,
                     max_new_tokens=max_new_tokens,
                 )
             table = endurance_table(report)
@@ -116,6 +139,7 @@ def bench(
                 sessions=sessions,
                 chunks=count + uncounted,
                 warmup=uncounted,
+                policy=policy,
                 max_new_tokens=max_new_tokens,
             )
             table = concurrency_table(report)

@@ -3,6 +3,7 @@
 import os
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from rich.console import Console
 from framesink.runtime.captions.jsonl import JsonlWriter
 from framesink.runtime.captions.webvtt import WebVttWriter
 from framesink.runtime.captions.writer import CaptionWriter
-from framesink.runtime.engine import StreamingEngine
+from framesink.runtime.engine import StreamingEngine, default_sampling
 from framesink.runtime.errors import OptionError
 from framesink.runtime.manifest import StreamingDefaults
-from framesink.runtime.policies import FullAttention, Policy, SinkWindow, SlidingWindow
+from framesink.runtime.policies import FullAttention, Policy, SlidingWindow
 from framesink.runtime.sampler import SamplingParams
+from framesink.runtime.session_plan import default_policy
 from framesink.runtime.video.capture import ChunkStream
 from framesink.runtime.video.dropping import DROP_POLICIES
 from framesink.runtime.video.source import open_source
@@ -177,8 +179,7 @@ def _policy(options: dict[str, Any], defaults: StreamingDefaults) -> Policy:
     given = {name: options[name] for name in _SINK_OPTIONS if options[name] is not None}
     match options["policy"]:
         case "sink":
-            fields = {name: getattr(defaults, name) for name in _SINK_OPTIONS}
-            return SinkWindow(**{**fields, **given})
+            return replace(default_policy(defaults), **given)
         case "sliding":
             _refuse(given, "sliding", allowed="vision_seconds")
             return SlidingWindow(given.get("vision_seconds", defaults.vision_seconds))
@@ -196,5 +197,4 @@ def _refuse(given: dict[str, Any], policy: str, allowed: str | None = None) -> N
 
 def _sampling(options: dict[str, Any], defaults: StreamingDefaults) -> SamplingParams:
     given = {name: options[name] for name in _SAMPLING_OPTIONS if options[name] is not None}
-    fields = {name: getattr(defaults, name) for name in _SAMPLING_OPTIONS if name != "seed"}
-    return SamplingParams(**{**fields, **given})
+    return replace(default_sampling(defaults), **given)

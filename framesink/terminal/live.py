@@ -9,7 +9,7 @@ from rich.text import Text
 
 from framesink.runtime.events import Event, EventKind
 from framesink.terminal.figures import milliseconds, seconds
-from framesink.terminal.view import Status, clock, printable
+from framesink.terminal.view import NO_ANSWER, Status, clock, printable
 
 _REFRESH_PER_SECOND = 12
 _TIME_WIDTH = 15
@@ -75,7 +75,7 @@ class LiveView:
         with self._lock:
             event, text = self._latest, printable("".join(self._pieces))
             self._pieces = []
-            if event is None or not text:
+            if event is None or not (text or event.question):
                 return
             self._latest = None
         self._console.print(_row(event, _said(event, text)))
@@ -106,7 +106,7 @@ def _said(event: Event, text: str) -> Text:
     if not event.question:
         return Text(text)
     question = Text(printable(event.question), style="cyan")
-    return question.append(" → ", style="cyan").append(text, style="bold green")
+    return question.append(" → ", style="cyan").append(text or NO_ANSWER, style="bold green")
 
 
 def _status_line(status: Status) -> Text:

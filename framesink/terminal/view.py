@@ -6,6 +6,8 @@ from typing import Protocol, TextIO
 
 from framesink.runtime.events import Event, EventKind
 
+NO_ANSWER = "(no answer)"
+
 
 @dataclass(frozen=True, slots=True)
 class Status:
@@ -71,7 +73,7 @@ def _clock(time: float) -> str:
 class PlainView:
     """Captions as lines on one stream, notes on another: for pipes and files.
 
-    Silence is not shown.
+    Silence is not shown, except where a question was asked.
     """
 
     def __init__(self, captions: TextIO, notes: TextIO) -> None:
@@ -107,9 +109,8 @@ class PlainView:
     def _show(self) -> None:
         event, text = self._latest, printable("".join(self._pieces))
         self._latest, self._pieces = None, []
-        if event is None or not text:
+        if event is None or not (text or event.question):
             return
-        when = clock(event.t0, event.t1)
         if event.question:
-            text = f"{printable(event.question)} → {text}"
-        print(f"[{when}] {text}", file=self._captions, flush=True)
+            text = f"{printable(event.question)} → {text or NO_ANSWER}"
+        print(f"[{clock(event.t0, event.t1)}] {text}", file=self._captions, flush=True)
