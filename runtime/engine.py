@@ -68,6 +68,7 @@ class StreamingEngine:
             prefill_budget=limits.max_prefill,
             max_part=limits.max_prefill,
             max_batch=limits.max_streams,
+            patch_budget=limits.max_patches,
         )
         self._loop = StepLoop(executor, self._prefixes, scheduler)
         self._numbers = 0

@@ -24,6 +24,15 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
+class Encoding:
+    """A sequence whose chunk of `patches` ViT patches waits for the vision encoder."""
+
+    sequence: int
+    deadline: float
+    patches: int
+
+
+@dataclass(frozen=True, slots=True)
 class Share:
     """What one sequence writes in a step."""
 
@@ -34,12 +43,27 @@ class Share:
 class Scheduler:
     """Divides steps among sequences. Holds limits and no state."""
 
-    def __init__(self, *, prefill_budget: int, max_part: int, max_batch: int) -> None:
+    def __init__(
+        self, *, prefill_budget: int, max_part: int, max_batch: int, patch_budget: int
+    ) -> None:
         """A step takes at most `max_batch` sequences and `prefill_budget` prompt tokens, and at
-        most `max_part` of one sequence."""
+        most `max_part` of one sequence. Before a step at most `patch_budget` patches are encoded,
+        so that replies under way wait no longer than one large chunk takes."""
         self._prefill_budget = prefill_budget
         self._max_part = max_part
         self._max_batch = max_batch
+        self._patch_budget = patch_budget
+
+    def schedule_encoding(self, waiting: Iterable[Encoding]) -> list[int]:
+        """The sequences whose chunks are encoded before the next step, at least one if any wait."""
+        chosen: list[int] = []
+        budget = self._patch_budget
+        for item in sorted(waiting, key=lambda item: (item.deadline, item.sequence)):
+            if chosen and item.patches > budget:
+                break
+            budget -= item.patches
+            chosen.append(item.sequence)
+        return chosen
 
     def schedule(self, work: Iterable[Work]) -> list[Share]:
         """The next step, decoding sequences first; empty if there is no work."""

@@ -1,4 +1,4 @@
-"""The engine's loop body: begin turns, encode one chunk, run one step, hand out its logits."""
+"""The engine's loop body: begin turns, encode chunks, run one step, hand out its logits."""
 
 import logging
 import threading
@@ -11,7 +11,7 @@ from framesink.runtime.arrays import Float32Array, Int32Array
 from framesink.runtime.errors import FramesinkError, SessionClosedError
 from framesink.runtime.executors.base import Executor, SequenceInput
 from framesink.runtime.prefix import Prefix, PrefixCache
-from framesink.runtime.scheduler import Scheduler, Share, Work
+from framesink.runtime.scheduler import Encoding, Scheduler, Share, Work
 from framesink.runtime.sequence import Sequence
 
 FINISHED = "The session was finished and takes no more input; open another."
@@ -102,7 +102,7 @@ class StepLoop:
             yield from (span.slots for span in sequence.cache.spans)
 
     def run_once(self) -> bool:
-        """One round: at most one chunk encoded and one step run. False if there was nothing."""
+        """One round: some chunks encoded and one step run. False if there was nothing to do."""
         self.run_retirements()
         begun = [self._begin(sequence) for sequence in self._open_sequences()]
         encoded = self._encode()
@@ -134,21 +134,26 @@ class StepLoop:
             return True
 
     def _encode(self) -> bool:
-        """Encode the chunk whose reply is due first."""
-        waiting = [s for s in self._open_sequences() if s.chunk_to_encode is not None]
-        if not waiting:
-            return False
-        sequence = min(waiting, key=lambda s: (s.deadline, s.number))
-        chunk = sequence.chunk_to_encode
-        assert chunk is not None
-        started = time.monotonic()
-        try:
-            sequence.encoded(self._executor.encode_vision(chunk.patches, chunk.grid))
-        except Exception as error:
-            self._fail(sequence, _sentence(f"{self._executor.name} could not encode", error))
-        self.figures.encoded += 1
-        self.figures.encode_seconds += time.monotonic() - started
-        return True
+        """Encode the chunks whose replies are due first."""
+        waiting = {
+            sequence.number: (sequence, chunk)
+            for sequence in self._open_sequences()
+            if (chunk := sequence.chunk_to_encode) is not None
+        }
+        chosen = self._scheduler.schedule_encoding(
+            Encoding(number, sequence.deadline, chunk.grid.patches)
+            for number, (sequence, chunk) in waiting.items()
+        )
+        for number in chosen:
+            sequence, chunk = waiting[number]
+            started = time.monotonic()
+            try:
+                sequence.encoded(self._executor.encode_vision(chunk.patches, chunk.grid))
+            except Exception as error:
+                self._fail(sequence, _sentence(f"{self._executor.name} could not encode", error))
+            self.figures.encoded += 1
+            self.figures.encode_seconds += time.monotonic() - started
+        return bool(chosen)
 
     def _step(self) -> bool:
         """Write one step's tokens and hand out its logits."""
