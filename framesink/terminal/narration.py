@@ -17,7 +17,7 @@ from framesink.runtime.video.capture import ChunkStream
 from framesink.runtime.video.chunk import Chunk
 from framesink.terminal.figures import Figures, Summary
 from framesink.terminal.preview import PreviewWindow
-from framesink.terminal.view import Status, View
+from framesink.terminal.view import Status, View, printable
 
 _TICK_SECONDS = 0.05
 _THREAD_SECONDS = 15.0
@@ -116,6 +116,8 @@ class Narration:
                 self._ask_what_is_due(chunk, pushed=number)
                 self._inbox.put(chunk)
                 self._session.push_chunk(chunk)
+            for question in self._questions:
+                self._view.note(f"not asked, the video ended before: {printable(question.text)}")
         except SessionClosedError:
             pass  # its reason has come, or will come, as an event
         except Exception as error:  # raised by run(), once everything was said
