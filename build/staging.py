@@ -43,24 +43,30 @@ def staged_directory(output: Path) -> Iterator[Path]:
     """
     output = output.absolute()
     missing = [parent for parent in output.parents if not parent.exists()]
+    staging: Path | None = None
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(
-            tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent)
-        )
-        staging.chmod(_MODE)
-    except OSError as error:
-        _remove_empty(missing)
-        raise BuildError(
-            f"{output} cannot be written: {error.strerror or error} ({output.parent})."
-        ) from error
-    try:
+        staging = _make_hidden(output)
         yield staging
         _replace(output, staging)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
         _remove_empty(missing)
         raise
+
+
+def _make_hidden(output: Path) -> Path:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        hidden = Path(
+            tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent)
+        )
+        hidden.chmod(_MODE)
+    except OSError as error:
+        raise BuildError(
+            f"{output} cannot be written: {error.strerror or error} ({output.parent})."
+        ) from error
+    return hidden
 
 
 def _replace(output: Path, staging: Path) -> None:

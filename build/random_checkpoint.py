@@ -1,0 +1,160 @@
+"""Checkpoints of published sizes with random weights: for timing, where the words do not matter."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from framesink.build.weights import safetensors_header
+from framesink.runtime.models.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from framesink.runtime.models.config import parse_config
+from framesink.runtime.models.weights import model_weights
+
+_BLOCK_ELEMENTS = 1 << 22
+_DEVIATION = 0.02  # the initializer_range of the published configurations
+
+# The special tokens of Qwen2.5-VL in the order of their ids.
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+_QWEN_ORDINARY_TOKENS = 151_643
+
+_VISION_LARGE = {
+    "depth": 32,
+    "hidden_act": "silu",
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "in_chans": 3,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "spatial_patch_size": 14,
+    "temporal_patch_size": 2,
+    "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+    "tokens_per_second": 2,
+}
+# Qwen/Qwen2.5-VL-3B-Instruct and Qwen/Qwen2.5-VL-7B-Instruct, and something for a quick look.
+SIZES: Mapping[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+        "tie_word_embeddings": True,
+        "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+        "vision_config": {
+            **_VISION_LARGE,
+            "depth": 4,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 2,
+            "fullatt_block_indexes": [1, 3],
+            "out_hidden_size": 128,
+        },
+    },
+    "3b": {
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vision_config": {**_VISION_LARGE, "out_hidden_size": 2048},
+    },
+    "7b": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vision_config": {**_VISION_LARGE, "out_hidden_size": 3584},
+    },
+}
+
+
+def write_random_checkpoint(size: str, directory: Path, *, seed: int = 0) -> None:
+    """Write a Qwen2.5-VL checkpoint of the sizes `SIZES[size]` in bf16, weights drawn from a
+    normal distribution, with a tokenizer of bytes and Qwen's special tokens.
+
+    Memory stays at a few megabytes whatever the size.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    sizes = SIZES[size]
+    special = min(_QWEN_ORDINARY_TOKENS, sizes["vocab_size"] - len(SPECIAL_TOKENS))
+    tokens = {name: special + index for index, name in enumerate(SPECIAL_TOKENS)}
+    config = {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "hidden_act": "silu",
+        "max_position_embeddings": 128_000,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1_000_000.0,
+        "torch_dtype": "bfloat16",
+        "use_sliding_window": False,
+        "bos_token_id": tokens["<|endoftext|>"],
+        "eos_token_id": tokens["<|im_end|>"],
+        "image_token_id": tokens["<|image_pad|>"],
+        "video_token_id": tokens["<|video_pad|>"],
+        "vision_start_token_id": tokens["<|vision_start|>"],
+        "vision_end_token_id": tokens["<|vision_end|>"],
+        **sizes,
+    }
+    (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+    _make_tokenizer(special).save(str(directory / "tokenizer.json"))
+    _write_weights(model_weights(parse_config(config)), directory / WEIGHTS_NAME, seed)
+
+
+def _make_tokenizer(ordinary: int) -> Tokenizer:
+    """One token per byte, fillers up to `ordinary` tokens, then the special tokens."""
+    names = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names += [f"<|filler_{index}|>" for index in range(len(names), ordinary)]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS]
+    )
+    return tokenizer
+
+
+def _write_weights(shapes: Mapping[str, tuple[int, ...]], path: Path, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    with path.open("wb") as file:
+        file.write(safetensors_header({name: ("bfloat16", shapes[name]) for name in shapes}))
+        for name, shape in shapes.items():
+            is_norm = len(shape) == 1 and name.endswith("weight")
+            elements = math.prod(shape)
+            for start in range(0, elements, _BLOCK_ELEMENTS):
+                block = random.standard_normal(
+                    min(_BLOCK_ELEMENTS, elements - start), dtype=np.float32
+                )
+                block *= _DEVIATION
+                block += float(is_norm)
+                file.write(block.astype(ml_dtypes.bfloat16).view(np.uint8).data)
