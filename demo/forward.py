@@ -60,13 +60,13 @@ def encode_vision(weights: Weights, sizes: Sizes, patches: torch.Tensor) -> torc
     hidden = functional.linear(_to_windows(patches.to(kernel.dtype)), kernel.flatten(1))
     cos, sin = _vision_rotary(hidden.shape[-1] // heads, hidden.device, hidden.dtype)
     for index in range(sizes.vision_depth):
-        block = _layer_weights(weights, f"model.visual.blocks.{index}.")
+        block = layer_weights(weights, f"model.visual.blocks.{index}.")
         full = index in sizes.fullatt_block_indexes
         hidden = vision_block(block, heads, full, hidden, cos, sin)
-    normed = _norm(hidden, weights["model.visual.merger.ln_q.weight"], 1e-6)
+    normed = norm(hidden, weights["model.visual.merger.ln_q.weight"], 1e-6)
     merged = normed.reshape(count, VISION_TOKENS, -1)
-    merged = functional.gelu(_linear(weights, "model.visual.merger.mlp.0", merged))
-    return _from_windows(_linear(weights, "model.visual.merger.mlp.2", merged))
+    merged = functional.gelu(linear(weights, "model.visual.merger.mlp.0", merged))
+    return _from_windows(linear(weights, "model.visual.merger.mlp.2", merged))
 
 
 def vision_block(
@@ -79,18 +79,18 @@ def vision_block(
 ) -> torch.Tensor:
     """One block of the vision encoder on patches in window order; attends in windows or in full."""
     count, _, width = hidden.shape
-    normed = _norm(hidden, weights["norm1.weight"], 1e-6)
-    joint = _linear(weights, "attn.qkv", normed)
+    normed = norm(hidden, weights["norm1.weight"], 1e-6)
+    joint = linear(weights, "attn.qkv", normed)
     parts = joint.view(count, -1, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
-    query, key, value = _rotate(parts[0], cos, sin), _rotate(parts[1], cos, sin), parts[2]
+    query, key, value = rotate(parts[0], cos, sin), rotate(parts[1], cos, sin), parts[2]
     if full:
         attended = functional.scaled_dot_product_attention(query, key, value)
     else:
         windows = (GRID // WINDOW) ** 2
         query, key, value = (t.unflatten(2, (windows, -1)) for t in (query, key, value))
         attended = functional.scaled_dot_product_attention(query, key, value).flatten(2, 3)
-    hidden = hidden + _linear(weights, "attn.proj", attended.transpose(1, 2).flatten(2))
-    return hidden + _mlp(weights, "mlp", _norm(hidden, weights["norm2.weight"], 1e-6))
+    hidden = hidden + linear(weights, "attn.proj", attended.transpose(1, 2).flatten(2))
+    return hidden + mlp(weights, "mlp", norm(hidden, weights["norm2.weight"], 1e-6))
 
 
 def embed(weights: Weights, ids: torch.Tensor) -> torch.Tensor:
@@ -126,7 +126,7 @@ class Context(NamedTuple):
 def rotate_context(rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Context:
     """Rotate the keys of stored rows `[B, 2 · layers · kv_heads, m, head_dim]` (keys first)."""
     keys, values = rows.chunk(2, dim=1)
-    return Context(_rotate(keys, cos[:, None], sin[:, None]), values)
+    return Context(rotate(keys, cos[:, None], sin[:, None]), values)
 
 
 def language_model(
@@ -153,7 +153,7 @@ def language_model(
     for index in range(sizes.num_hidden_layers):
         heads = slice(index * kv_heads, (index + 1) * kv_heads)
         seen = None if context is None else (context.keys[:, heads], context.values[:, heads])
-        layer = _layer_weights(weights, f"model.language_model.layers.{index}.")
+        layer = layer_weights(weights, f"model.language_model.layers.{index}.")
         hidden, key, value = decoder_layer(layer, sizes, hidden, cos, sin, bias, seen)
         new_keys.append(key)
         new_values.append(value)
@@ -172,40 +172,34 @@ def decoder_layer(
     """One layer; `weights` are named from the layer on. Returns its output, new keys and values."""
     batch, length, _ = hidden.shape
     kv_heads, head_dim = sizes.num_key_value_heads, sizes.head_dim
-    normed = _norm(hidden, weights["input_layernorm.weight"], sizes.rms_norm_eps)
+    normed = norm(hidden, weights["input_layernorm.weight"], sizes.rms_norm_eps)
     query, key, value = (
-        _linear(weights, f"self_attn.{part}_proj", normed)
+        linear(weights, f"self_attn.{part}_proj", normed)
         .view(batch, length, -1, head_dim)
         .transpose(1, 2)
         for part in "qkv"
     )
-    rotated_query, keys, values = _rotate(query, cos, sin), _rotate(key, cos, sin), value
+    rotated_query, keys, values = rotate(query, cos, sin), rotate(key, cos, sin), value
     if context is not None:
         keys = torch.cat((context[0], keys), dim=2)
         values = torch.cat((context[1], values), dim=2)
     attended = functional.scaled_dot_product_attention(
         rotated_query.reshape(batch, kv_heads, -1, head_dim), keys, values, attn_mask=bias
     )
-    attended = attended.view(batch, -1, length, head_dim).transpose(1, 2).flatten(2)
-    hidden = hidden + _linear(weights, "self_attn.o_proj", attended)
-    normed = _norm(hidden, weights["post_attention_layernorm.weight"], sizes.rms_norm_eps)
-    return hidden + _mlp(weights, "mlp", normed), key, value
-
-
-def compile_layers() -> None:
-    """Fuse the layers of both parts with torch.compile, for this process."""
-    compiled = globals()
-    for name in ("decoder_layer", "rotate_context", "vision_block"):
-        compiled[name] = torch.compile(compiled[name], dynamic=False)
+    attended = attended.reshape(batch, -1, length, head_dim).transpose(1, 2).flatten(2)
+    hidden = hidden + linear(weights, "self_attn.o_proj", attended)
+    normed = norm(hidden, weights["post_attention_layernorm.weight"], sizes.rms_norm_eps)
+    return hidden + mlp(weights, "mlp", normed), key, value
 
 
 def logits(weights: Weights, sizes: Sizes, hidden: torch.Tensor) -> torch.Tensor:
     """Logits of hidden states, through the tied embedding."""
-    normed = _norm(hidden, weights["model.language_model.norm.weight"], sizes.rms_norm_eps)
+    normed = norm(hidden, weights["model.language_model.norm.weight"], sizes.rms_norm_eps)
     return functional.linear(normed, weights[EMBEDDING])
 
 
-def _layer_weights(weights: Weights, prefix: str) -> Weights:
+def layer_weights(weights: Weights, prefix: str) -> Weights:
+    """The weights whose names begin with `prefix`, named without it."""
     return {
         name.removeprefix(prefix): value
         for name, value in weights.items()
@@ -213,20 +207,24 @@ def _layer_weights(weights: Weights, prefix: str) -> Weights:
     }
 
 
-def _norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm."""
     return functional.rms_norm(hidden, (hidden.shape[-1],), weight, eps)
 
 
-def _linear(weights: Weights, name: str, hidden: torch.Tensor) -> torch.Tensor:
+def linear(weights: Weights, name: str, hidden: torch.Tensor) -> torch.Tensor:
+    """The named linear layer, with its bias if it has one."""
     return functional.linear(hidden, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
 
-def _mlp(weights: Weights, name: str, hidden: torch.Tensor) -> torch.Tensor:
-    gate = functional.silu(_linear(weights, f"{name}.gate_proj", hidden))
-    return _linear(weights, f"{name}.down_proj", gate * _linear(weights, f"{name}.up_proj", hidden))
+def mlp(weights: Weights, name: str, hidden: torch.Tensor) -> torch.Tensor:
+    """The named gated feed-forward part."""
+    gate = functional.silu(linear(weights, f"{name}.gate_proj", hidden))
+    return linear(weights, f"{name}.down_proj", gate * linear(weights, f"{name}.up_proj", hidden))
 
 
-def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate queries or keys to their positions."""
     first, second = states.chunk(2, dim=-1)
     return states * cos + torch.cat((-second, first), dim=-1) * sin
 

@@ -19,12 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from demo import forward
+from demo import forward, segment
 from demo.checkpoint import EMBEDDING, model_config, write_checkpoint
 from demo.feed import SceneFeed, ScenePool
 from demo.forward import Sizes
 from demo.metrics import Score
 from demo.render import render_chunks
+from demo.segment import run_segment
 from demo.streaming import Streamer, Window
 from demo.tokenizer import write_tokenizer
 from demo.turns import EMPTY, PART, TurnEncoder
@@ -126,6 +127,7 @@ class Trainer:
             group["lr"] = rate
         weights = {name: value.to(self.dtype) for name, value in self.master.items()}
         scene = torch.tensor(self.scenes, device=self.device)
+        fresh = torch.tensor(self.fresh, device=self.device)
         first = torch.tensor(self.segment, device=self.device) * SEGMENT
         chunk = first[:, None] + torch.arange(SEGMENT, device=self.device)
         frames = self.pool.frames[scene[:, None], chunk].flatten(0, 1)
@@ -135,15 +137,10 @@ class Trainer:
         patches = forward.to_patches(augment(frames)).to(self.dtype)
         vision = forward.encode_vision(weights, self.sizes, patches).unflatten(0, (-1, SEGMENT))
         prefix = self.streamer.prefix(weights, self.pool.prefix[scene].long())
-        state = self.streamer.restart(self.state, torch.tensor(self.fresh, device=self.device))
-        replies = []
-        for index in range(SEGMENT):
-            retained = self.streamer.context(prefix, state)
-            hidden, turn = self.streamer.turn(weights, retained, ids[:, index], vision[:, index])
-            replies.append(hidden)
-            state = self.streamer.advance(state, turn)
-        self.state = state
-        logits = forward.logits(weights, self.sizes, torch.stack(replies, dim=1)).float()
+        self.state.ids[fresh] = EMPTY
+        self.state.text_count[fresh] = 0
+        hidden, self.state = run_segment(self.streamer, weights, prefix, self.state, ids, vision)
+        logits = forward.logits(weights, self.sizes, hidden).float()
         losses = functional.cross_entropy(
             logits.flatten(0, 2), targets.flatten(), ignore_index=EMPTY, reduction="none"
         )
@@ -263,7 +260,8 @@ def train(options: argparse.Namespace) -> Iterator[str]:
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.manual_seed(options.seed)
     if options.compile:
-        forward.compile_layers()
+        segment.segment_layer = torch.compile(segment.segment_layer, dynamic=False)
+        forward.vision_block = torch.compile(forward.vision_block, dynamic=False)
     config = model_config(tokenizer)
     sizes = sizes_of(config)
     weights = initial_weights(config, options.seed)
@@ -280,26 +278,29 @@ def train(options: argparse.Namespace) -> Iterator[str]:
 
     began = time.monotonic()
     limit = options.minutes * 60
-    steps, next_report, next_score = 0, 0.0, 0.25
+    steps, next_report, scored = 0, 0.0, False
+    behind: torch.Tensor | None = None
     while (done := (time.monotonic() - began) / limit) < 1:
         loss, norm = trainer.step(schedule(done, options.rate))
         steps += 1
         trainer.update_average(min(0.998, steps / (steps + 10)))
-        # Reading the loss waits for the device, so that the clock of the schedule is true.
-        value = loss.item()
+        # Waiting for the step before keeps the device busy and the clock of the schedule true.
+        if behind is not None:
+            behind.item()
+        behind = loss
         if done >= next_report:
             next_report = done + 0.02
             yield json.dumps(
                 {
                     "step": steps,
                     "seconds": round(time.monotonic() - began, 1),
-                    "loss": round(value, 4),
+                    "loss": round(loss.item(), 4),
                     "norm": round(norm.item(), 3),
                     "scenes": pool.received,
                 }
             )
-        if done >= next_score:
-            next_score += 0.25
+        if done >= 0.5 and not scored:
+            scored = True
             yield f"sink window: {evaluation.score(rounded(trainer.average), sizes, SINK_WINDOW)}"
     final = rounded(trainer.average)
     save_file({n: v.half().cpu() for n, v in final.items()}, options.output / "weights.safetensors")

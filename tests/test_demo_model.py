@@ -8,6 +8,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from demo import forward
 from demo.checkpoint import model_config
 from demo.render import render_chunks
+from demo.segment import run_segment
 from demo.streaming import Streamer, Window
 from demo.tokenizer import write_tokenizer
 from demo.train import initial_weights, sizes_of
@@ -79,3 +80,40 @@ def test_streamed_turns_equal_one_transformers_forward(encoder: TurnEncoder) -> 
             atol=1e-4,
         )
         assert count <= REPLY_LENGTH
+
+
+def test_parallel_run_equals_stepping(encoder: TurnEncoder) -> None:
+    """Training's parallel run of turns gives what stepping gives, through evictions and moves."""
+    window = Window(turns=3, sink_text=16, recent_text=48)
+    scenes = [make_scene(seed, 13, event_rate=0.6, question_rate=0.5) for seed in (5, 6)]
+    ids = torch.from_numpy(np.stack([encoder.scene(scene, 95.0)[0] for scene in scenes])).long()
+    queries = [encoder.prefix("Say what happens."), encoder.prefix(None)]
+    prefix_ids = torch.from_numpy(np.stack(queries)).long()
+    config = model_config(encoder.protocol.tokenizer)
+    sizes = sizes_of(config)
+    weights = initial_weights(config, seed=2)
+    # Larger scores than at the start of training, so that what is seen matters.
+    weights = {name: value * (3 if "q_proj" in name else 1) for name, value in weights.items()}
+    vision = torch.randn(2, 13, 16, 256, generator=torch.Generator().manual_seed(0))
+    streamer = Streamer(sizes, window, torch.device("cpu"))
+    with torch.no_grad():
+        prefix = streamer.prefix(weights, prefix_ids)
+        state = streamer.empty_state(2, torch.float32)
+        stepped = []
+        for index in range(13):
+            retained = streamer.context(prefix, state)
+            hidden, turn = streamer.turn(weights, retained, ids[:, index], vision[:, index])
+            stepped.append(hidden)
+            state = streamer.advance(state, turn)
+        parallel_state = streamer.empty_state(2, torch.float32)
+        parts = []
+        for part in (slice(0, 4), slice(4, 13)):
+            hidden, parallel_state = run_segment(
+                streamer, weights, prefix, parallel_state, ids[:, part], vision[:, part]
+            )
+            parts.append(hidden)
+    kept = (ids != EMPTY)[:, :, REPLY_SLOTS]
+    parallel = torch.cat(parts, dim=1)[kept]
+    torch.testing.assert_close(parallel, torch.stack(stepped, dim=1)[kept], rtol=1e-4, atol=1e-4)
+    assert torch.equal(parallel_state.text_count, state.text_count)
+    assert int(state.text_count.max()) > 20
