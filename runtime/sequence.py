@@ -72,6 +72,8 @@ class Sequence:
         self._turn: Turn | None = None
         self._turns = 0
         self._decoding = False
+        self._ending = False
+        self._rewriting = 0  # tokens whose rows were taken back, and are to be written again
         self._seen: BoolArray | None = None
         self._last_times = (0.0, 0.0)
         self._dropping = False
@@ -101,7 +103,9 @@ class Sequence:
     @property
     def tokens_to_write(self) -> int:
         """How many tokens the next steps have to write; 0 while there is nothing to do."""
-        return self.cache.unwritten if self._turn and self._turn.chunk is None else 0
+        if self._turn is None or self._turn.chunk is not None:
+            return 0
+        return self._rewriting if self._ending else self.cache.unwritten
 
     @property
     def decoding(self) -> bool:
@@ -143,6 +147,7 @@ class Sequence:
         """The next `count` tokens to write. Raises CapacityError if there are no pages for them."""
         is_last = count == self.cache.unwritten
         rows = self.cache.prepare(count)
+        self._rewriting = max(0, self._rewriting - count)
         placeholders = int((rows.token_ids == self._protocol.video_pad).sum())
         return SequenceInput(
             token_ids=rows.token_ids,
@@ -150,13 +155,17 @@ class Sequence:
             positions=rows.positions,
             slots=rows.slots,
             context=rows.context,
-            needs_logits=is_last,
+            needs_logits=is_last and not self._ending,
             bases=rows.bases,
         )
 
     def step_done(self, logits: Float32Array | None) -> None:
         """The tokens are written; `logits` float32 `[vocab]` choose the reply's next one."""
         self.cache.commit()
+        if self._ending:
+            if not self._rewriting:
+                self._end_turn()
+            return
         if logits is None:
             return
         self._decoding = True
@@ -166,13 +175,13 @@ class Sequence:
         turn.sampled.append(token)
         turn.token_times.append(now)
         if token in self._protocol.stop_tokens:
-            self._finish_reply(now)
+            self._finish_reply()
             return
         if self._seen is not None:
             self._seen[token] = True
         self._append_to_reply(turn.reply, token)
         if len(turn.sampled) == self._options.max_new_tokens:
-            self._finish_reply(now)
+            self._finish_reply()
             return
         text = turn.new_text()
         if text:
@@ -298,7 +307,7 @@ class Sequence:
         ever, so those among them are written again, in the text lane.
         """
         if held_before:
-            self.cache.take_back_last()
+            self._rewriting = self.cache.take_back_last().slots.size
         words = reply.tokens[before : reply.words]
         if words:
             self._append_reply_part(SpanPart.BODY, words, new=before == 0)
@@ -309,19 +318,28 @@ class Sequence:
         else:
             self.cache.extend_last(tokens)
 
-    def _finish_reply(self, now: float) -> None:
-        """Settle the reply's spans and send its final event."""
-        turn = self._current
-        reply = turn.reply
+    def _finish_reply(self) -> None:
+        """Settle the reply's words; the turn ends at once, or when rows taken back are written
+        again: after the next eviction they would be others."""
+        reply = self._current.reply
         before, held_before = reply.words, len(reply.held)
         reply.end()
         if reply.words > before:
             self._settle_words(reply, before, held_before)
+        self._ending = True
+        if not self._rewriting:
+            self._end_turn()
+
+    def _end_turn(self) -> None:
+        """Close the reply's spans and send its final event."""
+        turn, now = self._current, time.monotonic()
+        reply = turn.reply
         self._append_reply_part(SpanPart.CLOSE, self._protocol.turn_close, new=not reply.held)
         text = turn.new_text() + turn.detokenizer.finish()
         kind = self._kind(turn) if reply.words else EventKind.SILENCE
         event = turn.event(kind, text, now, final=True)
-        self._turn, self._decoding, self._seen = None, False, None
+        self._turn, self._seen = None, None
+        self._decoding = self._ending = False
         timing = turn.timing()
         self.stats = replace(
             self.stats,
