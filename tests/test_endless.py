@@ -1,7 +1,6 @@
 """Endless video costs no more than a minute of it, and many streams say what each says alone."""
 
 import gc
-from collections.abc import Sequence
 from pathlib import Path
 from threading import Thread
 
@@ -9,13 +8,11 @@ import numpy as np
 import psutil
 from reference.dense_streaming import DenseFullAttention, DenseSinkWindow, DenseSlidingWindow
 from reference.harness import Scenario, recording_engine
+from reference.suppressing import SuppressingExecutor
 
-from framesink.runtime.arrays import Float32Array
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.engine import StreamingEngine
 from framesink.runtime.executors import create_executor
-from framesink.runtime.executors.base import Executor, SequenceInput
-from framesink.runtime.preprocess import Grid
 
 CHUNKS = 400
 # By then every window is full and chunk times have as many digits as at the end.
@@ -28,39 +25,13 @@ SESSIONS = 16
 SESSION_CHUNKS = 14
 
 
-class EndlessTalker:
-    """An executor whose model never ends a reply: every turn has the same number of tokens."""
-
-    def __init__(self, executor: Executor, never: Sequence[int]) -> None:
-        self._executor = executor
-        self._never = list(never)
-        self.name = executor.name
-        self.page_size = executor.page_size
-        self.num_pages = executor.num_pages
-
-    def encode_vision(self, patches: Float32Array, grid: Grid) -> Float32Array:
-        """See Executor."""
-        return self._executor.encode_vision(patches, grid)
-
-    def step(self, batch: Sequence[SequenceInput]) -> list[Float32Array | None]:
-        """See Executor."""
-        outputs = self._executor.step(batch)
-        for logits in outputs:
-            if logits is not None:
-                logits[self._never] = -1e9
-        return outputs
-
-    def close(self) -> None:
-        """See Executor."""
-        self._executor.close()
-
-
-def _settled_engine(directory: Path) -> StreamingEngine:
+def _talkative_engine(directory: Path) -> StreamingEngine:
+    """An engine whose replies all reach the token limit, so that turns are equally long."""
     bundle = Bundle.open(directory, check="sizes")
     executor, _ = create_executor(bundle, "onnxruntime", num_pages=512, threads=1)
     protocol, manifest = bundle.protocol(), bundle.manifest
     return StreamingEngine(
-        EndlessTalker(executor, [*protocol.stop_tokens, *protocol.reply_closing]),
+        SuppressingExecutor(executor, [*protocol.stop_tokens, *protocol.reply_closing]),
         manifest.model,
         protocol,
         manifest.preprocess,
@@ -79,7 +50,7 @@ def test_hundreds_of_chunks_hold_no_more_than_the_first(tiny_bundle: Path) -> No
     scenario = Scenario(DenseSinkWindow(4, 4, 12, 16), query="Commentate.", max_new_tokens=5)
     tokens, pages = np.zeros((2, CHUNKS), dtype=np.int64)
     containers, resident = {}, {}
-    with _settled_engine(tiny_bundle) as engine:
+    with _talkative_engine(tiny_bundle) as engine:
         session = scenario.open_session(engine)
         for number in range(CHUNKS):
             session.push_chunk(scenario.chunk(number))

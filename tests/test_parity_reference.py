@@ -113,13 +113,13 @@ def test_positions_are_those_of_transformers(
         video_grid_thw=torch.tensor(grids),
         second_per_grid_ts=[1.0] * len(grids),
     )
-    found = mrope_positions(ids, grids, video_pad=pad, merge_size=2, time_step=2.0)
+    found = mrope_positions(ids, grids, video_pad=pad, merge_size=2, time_steps=[2.0] * len(grids))
     assert torch.tensor(found).T.tolist() == expected[:, 0].tolist()
 
 
 def test_text_after_a_long_block_goes_on_after_its_largest_position() -> None:
     ids = [1, 9, 9, 9, 1]
-    found = mrope_positions(ids, [(3, 2, 2)], video_pad=9, merge_size=2, time_step=2.0)
+    found = mrope_positions(ids, [(3, 2, 2)], video_pad=9, merge_size=2, time_steps=[2.0])
     assert found == [(0, 0, 0), (1, 1, 1), (3, 1, 1), (5, 1, 1), (6, 6, 6)]
 
 

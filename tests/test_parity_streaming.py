@@ -13,6 +13,8 @@ from reference.dense_streaming import (
 from reference.harness import Scenario, assert_parity
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from framesink.runtime.tokenizer import Tokenizer
+
 CHUNKS = 60
 # The graphs compute in float32; logits are of the order of 20.
 FLOAT32_TOLERANCE = 2e-3
@@ -148,6 +150,48 @@ def test_full_attention(
         tiny_bundle_with_pages(16),
         tiny_model,
         Scenario(DenseFullAttention(), query=QUERY, questions=QUESTIONS, sizes=SIZES),
+        chunks=40,
+        tolerance=FLOAT32_TOLERANCE,
+    )
+
+
+def test_a_closing_that_turns_out_to_be_words(
+    tiny_bundle_with_pages: BundleWithPages,
+    tiny_model: Qwen2_5_VLForConditionalGeneration,
+) -> None:
+    """` ...` in the middle of a reply is held back, written, taken back and written again."""
+    scenario = Scenario(
+        DenseSinkWindow(3, 4, 12, 16), query=QUERY, never=("<|im_end|>", "<|endoftext|>")
+    )
+    for page_size in (4, 16):
+        records = assert_parity(
+            tiny_bundle_with_pages(page_size),
+            tiny_model,
+            scenario,
+            chunks=CHUNKS,
+            tolerance=FLOAT32_TOLERANCE,
+        )
+    (closing,) = Tokenizer.from_directory(tiny_bundle_with_pages(4)).encode(" ...")
+    assert sum(closing in record.tokens[:-1] for record in records) > 5
+    assert any(record.tokens[-1] == closing for record in records)
+
+
+@pytest.mark.parametrize("chunk_seconds", [0.5, 2.0])
+def test_chunks_of_other_lengths_and_frame_rates(
+    tiny_bundle_with_pages: BundleWithPages,
+    tiny_model: Qwen2_5_VLForConditionalGeneration,
+    chunk_seconds: float,
+) -> None:
+    """Vision blocks of several temporal steps, the odd frame completed, windows in seconds."""
+    assert_parity(
+        tiny_bundle_with_pages(4),
+        tiny_model,
+        Scenario(
+            DenseSinkWindow(4, 6, 12, 16),
+            query=QUERY,
+            frame_counts={0: 4, 9: 3, 15: 2, 20: 1, 25: 4},
+            chunk_seconds=chunk_seconds,
+        ),
         chunks=40,
         tolerance=FLOAT32_TOLERANCE,
     )

@@ -1,5 +1,6 @@
 """A recorded turn of the engine against the dense reference's, with a readable difference."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,38 +69,32 @@ def assert_same_context(
     where: str,
 ) -> None:
     """Raise AssertionError unless the step attends to exactly `ids` at `positions`."""
-    expected = dict(zip(positions, ids, strict=True))
+    expected = Counter(zip(positions, ids, strict=True))
     if step.tokens == expected:
         return
     index_of = {position: index for index, position in enumerate(positions)}
     lines = [
-        f"{where}: the engine attends to {len(step.tokens)} tokens, the reference to {len(ids)}"
+        f"{where}: the engine attends to {step.tokens.total()} tokens, the reference to {len(ids)}"
     ]
-    differing = sorted(
-        (max(position), position)
-        for position in step.tokens.keys() | expected.keys()
-        if step.tokens.get(position) != expected.get(position)
-    )
-    for _, position in differing[:SHOWN]:
-        index = index_of.get(position)
+    differing = [
+        *(("engine", *entry) for entry in (step.tokens - expected).elements()),
+        *(("reference", *entry) for entry in (expected - step.tokens).elements()),
+    ]
+    differing.sort(key=lambda entry: (max(entry[1]), entry[1], entry[0]))
+    for side, position, token in differing[:SHOWN]:
         span = "beyond the reference's context"
-        if index is not None:
-            span = stream.span_of(ids, index)
-        lines.append(
-            f"  at {position}: engine {_name(stream, step.tokens.get(position))}, "
-            f"reference {_name(stream, expected.get(position))} ({span})"
-        )
+        if position in index_of:
+            span = stream.span_of(ids, index_of[position])
+        lines.append(f"  only in the {side}, at {position}: {_name(stream, token)} ({span})")
     if len(differing) > SHOWN:
         lines.append(f"  and {len(differing) - SHOWN} more")
-    in_order = [token for _, token in sorted(step.tokens.items(), key=lambda item: max(item[0]))]
-    lines.append(f"  engine    {_text(stream, in_order)}")
+    in_order = sorted(step.tokens.elements(), key=lambda entry: max(entry[0]))
+    lines.append(f"  engine    {_text(stream, [token for _, token in in_order])}")
     lines.append(f"  reference {_text(stream, ids)}")
     raise AssertionError("\n".join(lines))
 
 
-def _name(stream: DenseStream, token: int | None) -> str:
-    if token is None:
-        return "nothing"
+def _name(stream: DenseStream, token: int) -> str:
     return f"{token} {_text(stream, [token])}"
 
 

@@ -7,7 +7,7 @@ the intent is followed: windows count turns, a cut keeps exactly the stated numb
 truncated reply keeps its last word.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -58,7 +58,10 @@ class TurnRecord:
 
 
 class DenseStream:
-    """One stream. `chunk` is called once per chunk of video and returns the record of its turn."""
+    """One stream. `chunk` is called once per chunk of video and returns the record of its turn.
+
+    `never` are token ids no reply may hold.
+    """
 
     def __init__(
         self,
@@ -69,7 +72,7 @@ class DenseStream:
         query: str | None = None,
         query_placement: Literal["pinned", "first_turn"] = "pinned",
         max_new_tokens: int = 20,
-        fps: float = 2.0,
+        never: Collection[int] = (),
         repetition_penalty: float = 1.0,
         system_prompt: str = "You are a helpful assistant.",
     ) -> None:
@@ -80,12 +83,14 @@ class DenseStream:
         self.turn = 0
         self.ids: list[int] = []
         self.grids: list[GridSize] = []
+        self.time_steps: list[float] = []
+        self.never = list(never)
         self.first_turn_query = query if query_placement == "first_turn" else None
         self.repetition_penalty = RepetitionPenaltyLogitsProcessor(repetition_penalty)
 
         vision = model.config.vision_config
         self.merge_size = vision.spatial_merge_size
-        self.time_step = vision.temporal_patch_size / fps * vision.tokens_per_second
+        self.ticks_per_frame_pair = vision.temporal_patch_size * vision.tokens_per_second
         self.im_start = tokenizer.special("<|im_start|>")
         self.im_end = tokenizer.special("<|im_end|>")
         self.end_of_text = tokenizer.special("<|endoftext|>")
@@ -124,6 +129,7 @@ class DenseStream:
             patches, grid = patchify(frames, self.merge_size)
             vision = self.dense.encode_vision(patches, grid)
             self.grids.append(grid)
+            self.time_steps.append(self.ticks_per_frame_pair * (t1 - t0) / len(frames))
             self.ids += [self.vision_start, *[self.video_pad] * len(vision), self.vision_end]
         if self.turn == 0 and self.first_turn_query is not None:
             self.ids += self.tokenizer.encode_plain(self.first_turn_query)
@@ -146,6 +152,7 @@ class DenseStream:
             unwritten = None
             record.logits.append(logits.numpy())
             scores = self.repetition_penalty(torch.tensor([self.ids]), logits[None].clone())
+            scores[0, self.never] = float("-inf")
             token = int(scores.argmax()) if said is None else said[len(record.tokens)]
             record.tokens.append(token)
             if token in (self.im_end, self.end_of_text):
@@ -160,7 +167,7 @@ class DenseStream:
             self.grids,
             video_pad=self.video_pad,
             merge_size=self.merge_size,
-            time_step=self.time_step,
+            time_steps=self.time_steps,
         )
 
     def words(self, tokens: Sequence[int]) -> list[int]:
@@ -223,6 +230,7 @@ class DenseStream:
         self.dense.select(written)
         self.ids = [self.ids[index] for index in order]
         self.grids = [self.grids[number] for number in kept_blocks]
+        self.time_steps = [self.time_steps[number] for number in kept_blocks]
 
     def _vision_block_numbers(self) -> dict[int, int]:
         numbers: dict[int, int] = {}

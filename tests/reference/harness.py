@@ -1,11 +1,11 @@
 """Driving the engine and the dense reference through the same video."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,17 +32,21 @@ from reference.dense_streaming import (
 )
 from reference.frames import moving_frames
 from reference.recording import RecordingExecutor
+from reference.suppressing import SuppressingExecutor
 
 DEFAULT_SIZE = (56, 84)
+DEFAULT_FRAME_COUNT = 2
 NUM_PAGES = 2048
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """One stream of chunks of one second: what is asked when, and how large its frames are.
+    """One stream: what is asked when, what its frames are, how replies are chosen.
 
-    `policy` counts windows in turns; `questions` and `sizes` (height, width) are by chunk, a size
-    holding until the next.
+    `policy` counts windows in turns. `questions`, `sizes` (height, width) and `frame_counts` are by
+    chunk, the latter two holding until the next; `video` gives a chunk's frames in their place.
+    `never` names special tokens the model is kept from saying.
     """
 
     policy: DensePolicy
@@ -50,32 +54,45 @@ class Scenario:
     query_placement: Literal["pinned", "first_turn"] = "pinned"
     questions: Mapping[int, str] = field(default_factory=dict)
     sizes: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    frame_counts: Mapping[int, int] = field(default_factory=dict)
+    video: Callable[[int], NDArray[np.uint8]] | None = None
+    chunk_seconds: float = 1.0
     max_new_tokens: int = 8
     repetition_penalty: float = 1.0
+    never: tuple[str, ...] = ()
     seed: int = 0
 
     def frames(self, chunk: int) -> NDArray[np.uint8]:
         """The frames of a chunk."""
-        changes = [start for start in self.sizes if start <= chunk]
-        height, width = self.sizes[max(changes)] if changes else DEFAULT_SIZE
-        return moving_frames(chunk, height=height, width=width, seed=self.seed)
+        if self.video is not None:
+            return self.video(chunk)
+        height, width = _latest(self.sizes, chunk, DEFAULT_SIZE)
+        count = _latest(self.frame_counts, chunk, DEFAULT_FRAME_COUNT)
+        return moving_frames(chunk, height=height, width=width, count=count, seed=self.seed)
+
+    def times(self, chunk: int) -> tuple[float, float]:
+        """When a chunk begins and ends, in seconds of video time."""
+        return chunk * self.chunk_seconds, (chunk + 1) * self.chunk_seconds
 
     def chunk(self, chunk: int) -> Chunk:
         """The same frames as the engine takes them."""
-        return make_chunk(self.frames(chunk), chunk)
+        frames = self.frames(chunk)
+        t0, t1 = self.times(chunk)
+        times = np.linspace(t0, t1, len(frames), endpoint=False)
+        return Chunk(frames, t0, t1, tuple(times.tolist()), time.monotonic())
 
     def engine_policy(self) -> Policy:
-        """The policy in the engine's own terms: seconds, at one second a chunk."""
+        """The policy in the engine's own terms: seconds."""
         match self.policy:
             case DenseSinkWindow(vision_turns, reply_turns, sink_text, recent_text):
                 return SinkWindow(
                     sink_text=sink_text,
                     recent_text=recent_text,
-                    vision_seconds=float(vision_turns),
+                    vision_seconds=vision_turns * self.chunk_seconds,
                     reply_turns=reply_turns,
                 )
             case DenseSlidingWindow(turns):
-                return SlidingWindow(seconds=float(turns))
+                return SlidingWindow(seconds=turns * self.chunk_seconds)
             case DenseFullAttention():
                 return FullAttention()
 
@@ -91,6 +108,7 @@ class Scenario:
             query_placement=self.query_placement,
             max_new_tokens=self.max_new_tokens,
             repetition_penalty=self.repetition_penalty,
+            never=[tokenizer.special(name) for name in self.never],
         )
 
     def open_session(self, engine: StreamingEngine) -> Session:
@@ -101,22 +119,27 @@ class Scenario:
             SamplingParams(repetition_penalty=self.repetition_penalty),
             max_new_tokens=self.max_new_tokens,
             query_placement=self.query_placement,
+            chunk_seconds=self.chunk_seconds,
         )
 
 
-def make_chunk(frames: NDArray[np.uint8], number: int) -> Chunk:
-    """Frames of the second that begins at `number`."""
-    times = tuple(number + index / len(frames) for index in range(len(frames)))
-    return Chunk(frames, float(number), number + 1.0, times, time.monotonic())
+def _latest(changes: Mapping[int, _Value], chunk: int, default: _Value) -> _Value:
+    begun = [start for start in changes if start <= chunk]
+    return changes[max(begun)] if begun else default
 
 
 @contextmanager
 def recording_engine(
-    directory: Path, *, num_pages: int = NUM_PAGES, token_budget: int | None = None
+    directory: Path,
+    *,
+    num_pages: int = NUM_PAGES,
+    token_budget: int | None = None,
+    never: Sequence[str] = (),
 ) -> Iterator[tuple[StreamingEngine, RecordingExecutor]]:
     """An engine that works only when told to, and the record of what it asks its executor for.
 
-    `token_budget` is the most prefill tokens of one step (None: the bundle's own limit).
+    `token_budget` is the most prefill tokens of one step (None: the bundle's own limit); `never`
+    names special tokens that are kept from being said, after the record is made.
     """
     bundle = Bundle.open(directory, check="sizes")
     executor, _ = create_executor(bundle, "onnxruntime", num_pages=num_pages, threads=1)
@@ -125,8 +148,9 @@ def recording_engine(
     limits = manifest.limits
     if token_budget is not None:
         limits = Limits.model_validate({**limits.model_dump(), "max_prefill": token_budget})
+    tokenizer = bundle.tokenizer()
     engine = StreamingEngine(
-        recorder,
+        SuppressingExecutor(recorder, [tokenizer.special(name) for name in never]),
         manifest.model,
         bundle.protocol(),
         manifest.preprocess,
@@ -155,10 +179,9 @@ def assert_parity(
     """
     stream = scenario.dense_stream(model, Tokenizer.from_directory(bundle))
     records = []
-    with recording_engine(bundle, num_pages=num_pages, token_budget=token_budget) as (
-        engine,
-        recorder,
-    ):
+    with recording_engine(
+        bundle, num_pages=num_pages, token_budget=token_budget, never=scenario.never
+    ) as (engine, recorder):
         session = scenario.open_session(engine)
         for number in range(chunks):
             question = scenario.questions.get(number)
@@ -166,9 +189,11 @@ def assert_parity(
                 session.ask(question)
             session.push_chunk(scenario.chunk(number))
             events = list(session)
-            record = stream.chunk(scenario.frames(number), number, number + 1.0, question=question)
+            times = scenario.times(number)
+            record = stream.chunk(scenario.frames(number), *times, question=question)
             assert_same_turn(stream, record, recorder.take(), tolerance=tolerance)
             assert_events_tell(stream, record, events, question)
+            assert (events[-1].t0, events[-1].t1) == times
             records.append(record)
     return records
 
@@ -189,4 +214,3 @@ def assert_events_tell(
     ]
     expected = EventKind.ANSWER if question is not None else EventKind.COMMENTARY
     assert final.kind is (expected if words else EventKind.SILENCE)
-    assert (final.t0, final.t1) == (float(record.turn), record.turn + 1.0)

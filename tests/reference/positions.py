@@ -17,16 +17,16 @@ def mrope_positions(
     *,
     video_pad: int,
     merge_size: int,
-    time_step: float,
+    time_steps: Sequence[float],
 ) -> list[Position]:
     """Position (t, h, w) of every token.
 
-    `grids` are the patch grids (t, h, w) of the vision blocks in `ids`, in order; `time_step` is
-    how far t advances from one grid step to the next. Raises ValueError when `ids` and `grids`
+    `grids` are the patch grids (t, h, w) of the vision blocks in `ids`, in order, `time_steps` how
+    far t advances from one step of each grid to the next. Raises ValueError when `ids` and `grids`
     disagree.
     """
     positions: list[Position] = []
-    waiting = list(grids)
+    waiting = list(zip(grids, time_steps, strict=True))
     following = 0
     index = 0
     while index < len(ids):
@@ -35,7 +35,7 @@ def mrope_positions(
             following += 1
             index += 1
             continue
-        steps, height, width = waiting.pop(0)
+        (steps, height, width), time_step = waiting.pop(0)
         height, width = height // merge_size, width // merge_size
         block = [
             (following + int(step * time_step), following + row, following + column)

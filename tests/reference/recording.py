@@ -1,5 +1,6 @@
 """An executor that writes down what it was asked for: which tokens, at which positions."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,10 +16,11 @@ NULL_PAGE = 0
 
 @dataclass(frozen=True)
 class RecordedSequence:
-    """One sequence's share of one step. `tokens` maps the position of every token attended to,
-    new ones included, to its id; `new` holds the positions of the new tokens in order."""
+    """One sequence's share of one step. `tokens` counts every token attended to, new ones
+    included, by its position and id (steps of a vision block may share positions); `new` holds the
+    positions of the new tokens in order."""
 
-    tokens: dict[Position, int]
+    tokens: Counter[tuple[Position, int]]
     new: tuple[Position, ...]
     logits: Float32Array | None
     batch_size: int
@@ -28,9 +30,9 @@ class RecordingExecutor:
     """Passes every call on, and keeps what went by until `take` is called.
 
     It follows token ids through slots by itself: what a context holds is what was last written
-    into its slots. Raises AssertionError when a sequence reads a slot that was never written or
-    two tokens of it share a position, when a row is written to the null page or to a slot another
-    sequence of the batch reads, and when one slot is written twice in a step.
+    into its slots. Raises AssertionError when a sequence reads a slot that was never written, when
+    a row is written to the null page or to a slot that is read in the same step, and when one slot
+    is written twice in a step.
     """
 
     def __init__(self, executor: Executor) -> None:
@@ -52,12 +54,9 @@ class RecordingExecutor:
         outputs = self._executor.step(batch)
         for sequence, tokens, logits in zip(batch, contexts, outputs, strict=True):
             new = _as_positions(sequence.positions)
-            for position, token, slot in zip(
-                new, sequence.token_ids.tolist(), sequence.slots.tolist(), strict=True
-            ):
-                assert position not in tokens, f"a new token stands at {position}, as an old one"
-                tokens[position] = token
-                self._token_in[slot] = token
+            ids, slots = sequence.token_ids.tolist(), sequence.slots.tolist()
+            tokens.update(zip(new, ids, strict=True))
+            self._token_in.update(zip(slots, ids, strict=True))
             kept = None if logits is None else np.array(logits)
             self._steps.append(RecordedSequence(tokens, tuple(new), kept, len(batch)))
         return outputs
@@ -78,14 +77,12 @@ class RecordingExecutor:
         read: list[int] = slots[context.valid].tolist()
         return read
 
-    def _context(self, sequence: SequenceInput) -> dict[Position, int]:
+    def _context(self, sequence: SequenceInput) -> Counter[tuple[Position, int]]:
         positions = _as_positions(sequence.context.positions[:, sequence.context.valid])
         slots = self._slots_read(sequence)
-        tokens = {
-            position: self._token_in[slot] for position, slot in zip(positions, slots, strict=True)
-        }
-        assert len(tokens) == len(slots), "two rows of a context stand at the same position"
-        return tokens
+        assert set(slots) <= self._token_in.keys(), "a slot is read that was never written"
+        tokens = (self._token_in[slot] for slot in slots)
+        return Counter(zip(positions, tokens, strict=True))
 
     def _check_slots(self, batch: Sequence[SequenceInput]) -> None:
         written = [slot for sequence in batch for slot in sequence.slots.tolist()]
