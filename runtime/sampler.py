@@ -59,8 +59,11 @@ class Sampler:
         """The next token of logits float32 `[vocab]`.
 
         `seen` bool `[vocab]`: tokens of the retained context, needed for a repetition penalty.
+        Raises ValueError for logits of which the largest is not a number.
         """
         scores = self.scores(logits, seen)
+        if not np.isfinite(scores.max()):
+            raise ValueError("the model's logits are not finite")
         if self.params.temperature == 0.0:
             return int(scores.argmax())
         weights = np.exp(scores - scores.max(), dtype=np.float64)

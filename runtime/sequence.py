@@ -72,8 +72,6 @@ class Sequence:
         self._turn: Turn | None = None
         self._turns = 0
         self._decoding = False
-        self._ending = False
-        self._rewriting = 0  # tokens whose rows were taken back, and are to be written again
         self._seen: BoolArray | None = None
         self._last_times = (0.0, 0.0)
         self._dropping = False
@@ -105,7 +103,7 @@ class Sequence:
         """How many tokens the next steps have to write; 0 while there is nothing to do."""
         if self._turn is None or self._turn.chunk is not None:
             return 0
-        return self._rewriting if self._ending else self.cache.unwritten
+        return self.cache.unwritten - self._turn.unfed
 
     @property
     def decoding(self) -> bool:
@@ -145,43 +143,41 @@ class Sequence:
 
     def next_input(self, count: int) -> SequenceInput:
         """The next `count` tokens to write. Raises CapacityError if there are no pages for them."""
-        is_last = count == self.cache.unwritten
+        turn = self._current
+        needs_logits = count == self.cache.unwritten and not turn.ending
         rows = self.cache.prepare(count)
-        self._rewriting = max(0, self._rewriting - count)
         placeholders = int((rows.token_ids == self._protocol.video_pad).sum())
         return SequenceInput(
             token_ids=rows.token_ids,
-            vision_embeddings=self._current.take_embeddings(placeholders),
+            vision_embeddings=turn.take_embeddings(placeholders),
             positions=rows.positions,
             slots=rows.slots,
             context=rows.context,
-            needs_logits=is_last and not self._ending,
+            needs_logits=needs_logits,
             bases=rows.bases,
         )
 
     def step_done(self, logits: Float32Array | None) -> None:
         """The tokens are written; `logits` float32 `[vocab]` choose the reply's next one."""
         self.cache.commit()
-        if self._ending:
-            if not self._rewriting:
-                self._end_turn()
-            return
+        turn = self._current
+        if turn.ending:
+            self._end_turn_if_written()
         if logits is None:
             return
         self._decoding = True
         token = self._sampler.sample(logits, self._seen_tokens(logits.size))
-        turn = self._current
         now = time.monotonic()
         turn.sampled.append(token)
         turn.token_times.append(now)
         if token in self._protocol.stop_tokens:
-            self._finish_reply()
+            self._finish_reply(unfed=0)
             return
         if self._seen is not None:
             self._seen[token] = True
         self._append_to_reply(turn.reply, token)
         if len(turn.sampled) == self._options.max_new_tokens:
-            self._finish_reply()
+            self._finish_reply(unfed=1)
             return
         text = turn.new_text()
         if text:
@@ -307,7 +303,7 @@ class Sequence:
         ever, so those among them are written again, in the text lane.
         """
         if held_before:
-            self._rewriting = self.cache.take_back_last().slots.size
+            self.cache.take_back_last()
         words = reply.tokens[before : reply.words]
         if words:
             self._append_reply_part(SpanPart.BODY, words, new=before == 0)
@@ -318,16 +314,21 @@ class Sequence:
         else:
             self.cache.extend_last(tokens)
 
-    def _finish_reply(self) -> None:
-        """Settle the reply's words; the turn ends at once, or when rows taken back are written
-        again: after the next eviction they would be others."""
-        reply = self._current.reply
+    def _finish_reply(self, *, unfed: int) -> None:
+        """Settle the reply's words; `unfed` of its tokens, 0 or the last one, were never fed."""
+        turn = self._current
+        reply = turn.reply
         before, held_before = reply.words, len(reply.held)
         reply.end()
         if reply.words > before:
             self._settle_words(reply, before, held_before)
-        self._ending = True
-        if not self._rewriting:
+        turn.ending, turn.unfed = True, unfed
+        self._end_turn_if_written()
+
+    def _end_turn_if_written(self) -> None:
+        """End the turn when rows that were taken back are written again: after the next eviction
+        they would see another context."""
+        if self.tokens_to_write == 0:
             self._end_turn()
 
     def _end_turn(self) -> None:
@@ -338,8 +339,7 @@ class Sequence:
         text = turn.new_text() + turn.detokenizer.finish()
         kind = self._kind(turn) if reply.words else EventKind.SILENCE
         event = turn.event(kind, text, now, final=True)
-        self._turn, self._seen = None, None
-        self._decoding = self._ending = False
+        self._turn, self._decoding, self._seen = None, False, None
         timing = turn.timing()
         self.stats = replace(
             self.stats,

@@ -16,7 +16,8 @@ class Turn:
 
     `t0`, `t1` are seconds of video time, `captured_at`, `handed_at` and `deadline` are
     `time.monotonic()` values. `chunk` is there until it is encoded; `embeddings` float32
-    `[v, hidden]` are those not yet handed to a step.
+    `[v, hidden]` are those not yet handed to a step. `ending` is set when the last token has been
+    sampled; `unfed` tokens of it are left to the next turn's prompt.
     """
 
     number: int
@@ -33,6 +34,8 @@ class Turn:
     sampled: list[int] = field(default_factory=list)
     token_times: list[float] = field(default_factory=list)
     spoken: int = 0
+    ending: bool = False
+    unfed: int = 0
 
     def take_embeddings(self, count: int) -> Float32Array | None:
         """The next `count` embeddings, None for none."""

@@ -19,7 +19,7 @@ from framesink.runtime.tokenizer import Tokenizer
 
 PREPROCESS = PreprocessConfig(min_pixels=28 * 28, max_pixels=56 * 84)
 LIMITS = Limits(max_streams=32, max_context=4096, max_prefill=64, max_patches=4 * 6 * 2)
-FEW_MERGES = 300
+FEW_MERGES = 272
 MANY_MERGES = 460
 
 

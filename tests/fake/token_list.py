@@ -122,7 +122,7 @@ class TokenList:
             self.grids,
             video_pad=self.protocol.video_pad,
             merge_size=2,
-            time_step=tokens_per_second,
+            time_steps=[tokens_per_second] * len(self.grids),
         )
         return np.array(found, dtype=np.int32).T
 
