@@ -11,6 +11,8 @@ from reference.tiny_checkpoint import write_tiny_checkpoint
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLForConditionalGeneration
 
+    from framesink.runtime.manifest import ComputeType
+
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -31,19 +33,21 @@ def tiny_model(tiny_checkpoint: Path) -> "Qwen2_5_VLForConditionalGeneration":
 @pytest.fixture(scope="session")
 def tiny_bundle_with_pages(
     tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[int], Path]:
-    """Engine bundles of the tiny checkpoint by page size, without plans, executed in float32."""
+) -> Callable[..., Path]:
+    """Engine bundles of the tiny checkpoint, without plans, by page size and, if it is not to be
+    float32, by the type ONNX Runtime computes in."""
     from framesink.build.options import BuildOptions
     from framesink.build.pipeline import build_bundle
     from framesink.build.reporter import SilentReporter
 
     @cache
-    def build(page_size: int) -> Path:
-        output = tmp_path_factory.mktemp("bundles") / f"pages-of-{page_size}"
+    def build(page_size: int, executed_type: "ComputeType" = "float32") -> Path:
+        output = tmp_path_factory.mktemp("bundles") / f"{executed_type}-pages-of-{page_size}"
         options = BuildOptions(
             tiny_checkpoint,
             output,
             plans=False,
+            executed_type=executed_type,
             page_size=page_size,
             max_streams=16,
             max_context=4096,
@@ -55,6 +59,6 @@ def tiny_bundle_with_pages(
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_bundle_with_pages: Callable[[int], Path]) -> Path:
+def tiny_bundle(tiny_bundle_with_pages: Callable[..., Path]) -> Path:
     """The engine bundle of the tiny checkpoint with pages of 16 rows."""
     return tiny_bundle_with_pages(16)

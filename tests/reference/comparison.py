@@ -22,7 +22,7 @@ def assert_same_turn(
     *,
     tolerance: float,
 ) -> float:
-    """Compare every step of one turn: retained tokens, positions, logits, greedy choice.
+    """Compare every step of one turn: retained tokens, positions, logits.
 
     `recorded` are the engine's steps since the turn began, prefill parts included; `tolerance` is
     the largest allowed absolute difference of a logit. Returns the largest difference found.
@@ -48,11 +48,6 @@ def assert_same_turn(
                 f"  engine    {_best(stream, step.logits)}\n"
                 f"  reference {_best(stream, logits)}"
             )
-        assert int(step.logits.argmax()) == int(logits.argmax()), (
-            f"{where}, token {index}: another greedy token, logits within {difference:.3g}\n"
-            f"  engine    {_best(stream, step.logits)}\n"
-            f"  reference {_best(stream, logits)}"
-        )
     if len(steps) != len(expected.logits):
         raise AssertionError(
             f"{where}: the engine asked for logits {len(steps)} times, the reference said "
