@@ -206,6 +206,9 @@ class Sequence:
         self._turn = None
         self._source.close(reason)
         self.cache.close()
+
+    def hang_up(self) -> None:
+        """No more events come: readers that wait return. The last thing done to a sequence."""
         self._events.end()
 
     # Details.

@@ -234,6 +234,7 @@ class StepLoop:
         with self._changed:
             del self._sequences[sequence.number]
             self._changed.notify_all()
+        sequence.hang_up()
 
 
 def _sentence(what: str, error: Exception) -> str:

@@ -52,7 +52,7 @@ SIZES = [(28, 28), (28, 56), (56, 56), (56, 84)]
     questions=st.sets(st.integers(0, 19), max_size=5),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_a_session_says_what_a_plain_token_list_says(
     vocabulary: int,
     windows: tuple[int, int],
