@@ -17,10 +17,11 @@ from framesink.runtime.models.weights import (
 
 HALF_BYTES = 2
 FLOAT_BYTES = 4
-# Measured with TensorRT-RTX 1.7 (docs/performance.md, "Building engines"): 0.3 GB for the libraries
-# and 2.6 to 2.9 times the weights of the part that is compiled.
+# Measured with TensorRT-RTX 1.7 (docs/performance.md, "Building engines"): 0.2 GB for the libraries
+# and 1.5 to 1.7 times the weights of the part that is compiled. The weights themselves are mapped
+# from their file on top of that; the system takes those pages back when it needs them.
 COMPILER_BASE_BYTES = 350_000_000
-COMPILER_BYTES_PER_WEIGHT_BYTE = 3.0
+COMPILER_BYTES_PER_WEIGHT_BYTE = 2.0
 # The Python process with numpy, ONNX and its graphs.
 PROCESS_BASE_BYTES = 250_000_000
 # A weight in float32 while it is observed: the matrix itself and its transposed or squared copy.

@@ -102,7 +102,7 @@ def test_positions_of_a_prompt_follow_the_reference_rule(tiny_checkpoint: Path) 
         [(grid.t, grid.h, grid.w) for grid in grids],
         video_pad=protocol.video_pad,
         merge_size=2,
-        time_step=step,
+        time_steps=[step] * len(grids),
     )
     assert positions.T.tolist() == [list(place) for place in expected]
 

@@ -12,6 +12,7 @@ from framesink.build.checkpoint_files import StreamingConfig, read_preprocess_co
 from framesink.build.options import BuildOptions
 from framesink.build.pipeline import build_bundle
 from framesink.build.plans.builder import PlanBuilder, find_builders
+from framesink.build.random_checkpoint import write_random_checkpoint
 from framesink.build.reporter import SilentReporter
 from framesink.build.staging import staged_directory
 from framesink.build.verify import verify_bundle
@@ -132,6 +133,16 @@ def test_a_bundle_computes_what_its_checkpoint_does(
     assert report.relative_logit_error < 0.01
     assert report.relative_vision_error < 0.01
     report.check()
+
+
+def test_a_random_checkpoint_is_one_that_transformers_loads(tmp_path: Path) -> None:
+    write_random_checkpoint("tiny", tmp_path / "random")
+    bundle = _build(tmp_path / "random", tmp_path / "bundle")
+    verify_bundle(bundle, tmp_path / "random", tokens=2).check()
+    text = "<|im_start|>user\nTime=1.0s é<|video_pad|>"
+    tokenizer = bundle.tokenizer()
+    assert tokenizer.decode(tokenizer.encode(text)) == "user\nTime=1.0s é"
+    assert tokenizer.encode(text)[-1] == bundle.manifest.model.video_token_id
 
 
 def test_a_bundle_of_other_weights_is_found_out(checkpoint: Path, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_build_ends_with_a_summary(built: tuple[Path, Result]) -> None:
 def test_inspect_is_readable_and_has_json(built: tuple[Path, Result]) -> None:
     output, _ = built
     text = _run("inspect", output).stdout
-    for words in ("3 layers", "2 streams", "float32", "none", "files"):
+    for words in ("3 layers", "2 streams", "float32", "no plan", "files"):
         assert words in text
     manifest = Manifest.model_validate_json(_run("inspect", output, "--json").stdout)
     assert manifest.limits.max_streams == 2

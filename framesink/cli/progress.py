@@ -55,12 +55,12 @@ class RichReporter:
 
     def note(self, sentence: str) -> None:
         """Something a person should know: printed above the bars."""
-        self._console.print(sentence, style="yellow", highlight=False, markup=False)
+        self._console.print(sentence, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def log(self, line: str) -> None:
         """A tool's message: printed with `--verbose`."""
         if self._verbose:
-            self._console.print(line, style="dim", highlight=False, markup=False)
+            self._console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
 
     def _finish_stage(self) -> None:
         if self._task is not None:

@@ -21,9 +21,14 @@ def print_build_summary(summary: BuildSummary, console: Console) -> None:
         stages.add_row(stage.name, f"{stage.seconds:.1f} s", format_bytes(stage.peak_memory))
     console.print(stages)
     for note in summary.notes:
-        console.print(note, style="yellow", highlight=False, markup=False)
+        console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    plans = summary.manifest.language_model.plans
+    if plans:
+        console.print(
+            f"Compiled by {plans[0].builder} {plans[0].builder_version}.", highlight=False
+        )
     size = format_bytes(sum(file.size for file in summary.manifest.files.values()))
-    console.print(f"{summary.output}: {size}", highlight=False, markup=False)
+    console.print(f"{summary.output}: {size}", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_bundle(bundle: Bundle, console: Console) -> None:
@@ -70,19 +75,23 @@ def format_bytes(size: int) -> str:
 
 
 def _parts_table(manifest: Manifest) -> Table:
-    table = Table("part", "precision", "ONNX Runtime", "TensorRT", "targets", title="Parts")
-    table.title_justify = "left"
-    table.add_column("plan", justify="right")
+    """One row per plan, with the compute type of either reader."""
+    table = Table(title="Parts", title_justify="left")
+    for column in ("part", "precision", "ONNX Runtime", "TensorRT"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("targets", overflow="fold")
+    table.add_column("plan", justify="right", no_wrap=True)
     for name in PART_NAMES:
         part = manifest.part(name)
+        executed = part.executed.compute_type
         if not part.plans:
-            table.add_row(name, part.precision, part.executed.compute_type, "–", "none", "–")
+            table.add_row(name, part.precision, executed, "no plan", "", "")
         for plan in part.plans:
             table.add_row(
                 name,
                 part.precision,
-                part.executed.compute_type,
-                f"{plan.builder} {plan.builder_version}",
+                executed,
+                plan.compute_type,
                 ", ".join(plan.targets),
                 format_bytes(manifest.files[plan.path].size),
             )
