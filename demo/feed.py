@@ -5,7 +5,7 @@ import multiprocessing
 import queue
 import threading
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ import cv2
 import numpy as np
 import torch
 
+from demo.forward import VISION_TOKENS
 from demo.render import render_chunks
+from demo.supervision import TARGETS, cell_targets
 from demo.turns import PREFIX_SLOTS, REPLY_LENGTH, SLOTS, TurnEncoder, random_query
 from demo.world import SIDE, STEPS_PER_CHUNK, TRAINING_SEEDS_START, make_scene
 from framesink.runtime.arrays import AnyArray
@@ -24,18 +26,21 @@ from framesink.runtime.tokenizer import Tokenizer
 QUESTION_RATE = 0.3
 _LATE_START = 0.3  # share of training scenes whose clock does not start at 0
 _FRAME_SHAPE = (STEPS_PER_CHUNK, SIDE, SIDE, 3)
+_NOTHING = np.zeros(0, np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedScene:
     """A scene as training arrays: frames uint8 `[chunks, 2, 112, 112, 3]`, the session's first ids,
-    and per chunk the ids of its turn, the targets and the loss weights of its reply."""
+    and per chunk the ids of its turn, the targets and the loss weights of its reply, and what each
+    part of the picture shows (`demo.supervision`)."""
 
     frames: AnyArray
     prefix: AnyArray
     ids: AnyArray
     targets: AnyArray
     weights: AnyArray
+    cells: AnyArray
 
 
 def encode_training_scene(seed: int, chunks: int, encoder: TurnEncoder) -> EncodedScene:
@@ -47,7 +52,8 @@ def encode_training_scene(seed: int, chunks: int, encoder: TurnEncoder) -> Encod
     size = int(random.choice([SIDE, SIDE, 2 * SIDE]))
     quality = int(random.integers(55, 96)) if random.random() < 0.4 else None
     frames = render_chunks(scene, size=size, jpeg_quality=quality)
-    return EncodedScene(frames, encoder.prefix(random_query(random)), ids, targets, weights)
+    prefix = encoder.prefix(random_query(random))
+    return EncodedScene(frames, prefix, ids, targets, weights, cell_targets(scene))
 
 
 class SceneFeed:
@@ -83,15 +89,15 @@ class SceneFeed:
             index = self._free.get()
             scene = encode_training_scene(seed, self.chunks, encoder)
             self.frames[index] = scene.frames
-            self._ready.put((index, scene.prefix, scene.ids, scene.targets, scene.weights))
+            self._ready.put((index, replace(scene, frames=_NOTHING)))
             seed += workers
 
-    def take(self, timeout: float) -> tuple[int, AnyArray, AnyArray, AnyArray, AnyArray]:
-        """The next scene: buffer number, prefix, ids, targets, weights. Give the buffer back.
+    def take(self, timeout: float) -> tuple[int, EncodedScene]:
+        """The next scene, and the number of the buffer that holds its frames; give that back.
 
         Raises queue.Empty after `timeout` seconds.
         """
-        scene: tuple[int, AnyArray, AnyArray, AnyArray, AnyArray] = self._ready.get(timeout=timeout)
+        scene: tuple[int, EncodedScene] = self._ready.get(timeout=timeout)
         return scene
 
     def give_back(self, index: int) -> None:
@@ -122,6 +128,7 @@ class ScenePool:
         self.ids = tensor(capacity, chunks, SLOTS, dtype=torch.int16)
         self.targets = tensor(capacity, chunks, REPLY_LENGTH, dtype=torch.int16)
         self.weights = tensor(capacity, chunks, REPLY_LENGTH, dtype=torch.float32)
+        self.cells = tensor(capacity, chunks, VISION_TOKENS, TARGETS, dtype=torch.int8)
         self.received = 0
         self._order: deque[int] = deque()  # filled places, oldest first
         self._in_use: set[int] = set()
@@ -163,7 +170,7 @@ class ScenePool:
         staging = torch.empty(self.frames.shape[1:], dtype=torch.uint8, pin_memory=on_gpu)
         while not self._stopped:
             try:
-                index, prefix, ids, targets, weights = self.feed.take(timeout=0.5)
+                index, scene = self.feed.take(timeout=0.5)
             except queue.Empty:
                 continue
             staging.copy_(torch.from_numpy(self.feed.frames[index]))
@@ -171,10 +178,11 @@ class ScenePool:
             place = self._place()
             with torch.cuda.stream(stream):
                 self.frames[place].copy_(staging, non_blocking=True)
-                self.prefix[place].copy_(torch.from_numpy(prefix))
-                self.ids[place].copy_(torch.from_numpy(ids))
-                self.targets[place].copy_(torch.from_numpy(targets))
-                self.weights[place].copy_(torch.from_numpy(weights))
+                self.prefix[place].copy_(torch.from_numpy(scene.prefix))
+                self.ids[place].copy_(torch.from_numpy(scene.ids))
+                self.targets[place].copy_(torch.from_numpy(scene.targets))
+                self.weights[place].copy_(torch.from_numpy(scene.weights))
+                self.cells[place].copy_(torch.from_numpy(scene.cells))
             if stream is not None:
                 stream.synchronize()
             with self._lock:

@@ -78,18 +78,19 @@ def vision_block(
     sin: torch.Tensor,
 ) -> torch.Tensor:
     """One block of the vision encoder on patches in window order; attends in windows or in full."""
-    count, _, width = hidden.shape
+    count, length, width = hidden.shape
     normed = norm(hidden, weights["norm1.weight"], 1e-6)
-    joint = linear(weights, "attn.qkv", normed)
-    parts = joint.view(count, -1, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
-    query, key, value = rotate(parts[0], cos, sin), rotate(parts[1], cos, sin), parts[2]
-    if full:
-        attended = functional.scaled_dot_product_attention(query, key, value)
-    else:
-        windows = (GRID // WINDOW) ** 2
-        query, key, value = (t.unflatten(2, (windows, -1)) for t in (query, key, value))
-        attended = functional.scaled_dot_product_attention(query, key, value).flatten(2, 3)
-    hidden = hidden + linear(weights, "attn.proj", attended.transpose(1, 2).flatten(2))
+    joint = linear(weights, "attn.qkv", normed).view(count, length, 3, heads, width // heads)
+    query, key, value = joint.unbind(2)
+    group = length if full else (WINDOW * MERGE) ** 2
+    attended = functional.scaled_dot_product_attention(
+        *(
+            states.reshape(-1, group, heads, width // heads).transpose(1, 2)
+            for states in (rotate(query, cos, sin), rotate(key, cos, sin), value)
+        )
+    )
+    attended = attended.transpose(1, 2).reshape(count, length, width)
+    hidden = hidden + linear(weights, "attn.proj", attended)
     return hidden + mlp(weights, "mlp", norm(hidden, weights["norm2.weight"], 1e-6))
 
 
@@ -249,12 +250,12 @@ def _from_windows(units: torch.Tensor) -> torch.Tensor:
 def _vision_rotary(
     head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin `[64, head_dim]` of the patches' rows and columns, in window order."""
+    """cos and sin `[64, 1, head_dim]` of the patches' rows and columns, in window order."""
     quarter = head_dim // 4
     frequencies = 10000.0 ** -(torch.arange(quarter, device=device) / quarter)
     axis = torch.arange(GRID * MERGE, device=device, dtype=torch.float32)
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1)
     blocks = grid.view(GRID, MERGE, GRID, MERGE, 2).transpose(1, 2).reshape(1, -1, 2)
     angles = (_to_windows(blocks)[0, :, :, None] * frequencies).flatten(1)
-    angles = torch.cat((angles, angles), dim=-1)
+    angles = torch.cat((angles, angles), dim=-1)[:, None]
     return angles.cos().to(dtype), angles.sin().to(dtype)

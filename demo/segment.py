@@ -29,6 +29,8 @@ from demo.streaming import (
 )
 from demo.turns import EMPTY, OPENING_SLOTS, PART, PREFIX_SLOTS, REPLY_SLOTS, SLOTS
 
+# Whether values are padded to the length of queries, which some fused attention kernels want.
+PAD_VALUES = False
 _ALIGNMENT = 8  # fused attention kernels want masks of such lengths
 _CLOSING = PREFIX_SLOTS - OPENING_SLOTS
 _WORDS = PART["words"].stop - PART["words"].start
@@ -125,6 +127,8 @@ def segment_layer(
         (functional.pad(in_window, (0, head_dim)), functional.pad(in_text, (head_dim, 0))), dim=2
     )
     values = torch.cat((turn_values, text[1], moved_values), dim=2)
+    if PAD_VALUES:
+        values = functional.pad(values, (0, head_dim))
     queries = torch.cat(
         (
             forward.rotate(query, *frames.query_window),
@@ -140,7 +144,7 @@ def segment_layer(
         attn_mask=frames.bias.expand(-1, sizes.num_attention_heads, -1, -1),
         scale=head_dim**-0.5,
     )
-    attended = attended.transpose(1, 2).flatten(2)
+    attended = attended[..., :head_dim].transpose(1, 2).flatten(2)
     hidden = hidden + forward.linear(weights, "self_attn.o_proj", attended)
     normed = forward.norm(hidden, weights["post_attention_layernorm.weight"], sizes.rms_norm_eps)
     return hidden + forward.mlp(weights, "mlp", normed), key, value

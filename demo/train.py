@@ -27,6 +27,7 @@ from demo.metrics import Score
 from demo.render import render_chunks
 from demo.segment import run_segment
 from demo.streaming import Streamer, Window
+from demo.supervision import HEAD_OUTPUTS, cell_loss
 from demo.tokenizer import write_tokenizer
 from demo.turns import EMPTY, PART, TurnEncoder
 from demo.world import Scene, make_scene
@@ -37,6 +38,7 @@ from framesink.runtime.tokenizer import Tokenizer
 SEGMENT = 16
 SEGMENTS_PER_SCENE = 7
 SCENE_CHUNKS = SEGMENT * SEGMENTS_PER_SCENE
+SEEING_WEIGHT = 0.5  # of the dense targets at the start of training; it falls to 0
 SINK_WINDOW = Window()
 SLIDING_WINDOW = Window(sink_text=0, recent_text=0)
 
@@ -104,8 +106,11 @@ class Trainer:
         self.master = {
             name: value.to(self.device).requires_grad_() for name, value in weights.items()
         }
+        # The head that says what each part of the picture shows; it is not kept.
+        self.head = torch.zeros(HEAD_OUTPUTS, weights[EMBEDDING].shape[1], device=self.device)
+        self.head.normal_(std=0.02).requires_grad_()
         decayed = [value for value in self.master.values() if value.ndim > 1]
-        others = [value for value in self.master.values() if value.ndim == 1]
+        others = [self.head, *(value for value in self.master.values() if value.ndim == 1)]
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
             lr=peak,
@@ -121,8 +126,11 @@ class Trainer:
         self.left = [SEGMENTS_PER_SCENE - index % SEGMENTS_PER_SCENE for index in range(batch)]
         self.segment = [0] * batch
 
-    def step(self, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """One segment of every session, one update. Returns the loss and the gradient's norm."""
+    def step(self, rate: float, seeing: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """One segment of every session, one update at a learning rate.
+
+        `seeing` is the weight of the dense targets. Returns the losses of replies and of those.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         weights = {name: value.to(self.dtype) for name, value in self.master.items()}
@@ -145,12 +153,15 @@ class Trainer:
             logits.flatten(0, 2), targets.flatten(), ignore_index=EMPTY, reduction="none"
         )
         loss = (losses * factors.flatten()).sum() / factors.sum()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(list(self.master.values()), 1.0)
+        cells = self.pool.cells[scene[:, None], chunk].flatten(0, 1)
+        outputs = functional.linear(vision.flatten(0, 1), self.head.to(self.dtype))
+        seen_loss = cell_loss(outputs, cells)
+        (loss + seeing * seen_loss).backward()
+        torch.nn.utils.clip_grad_norm_([*self.master.values(), self.head], 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._next_segment()
-        return loss.detach(), norm.detach()
+        return loss.detach(), seen_loss.detach()
 
     def update_average(self, decay: float) -> None:
         """Move the averaged parameters, which are what is kept in the end."""
@@ -220,6 +231,15 @@ def schedule(done: float, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (done - warm) / (1 - warm))))
 
 
+def choose_attention(name: str) -> None:
+    """Which of PyTorch's attention kernels to use: "any" leaves the choice to it."""
+    segment.PAD_VALUES = name == "cudnn-padded"
+    if name.startswith("cudnn"):
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+    elif name == "efficient":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def rounded(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Parameters as they are after being stored in fp16."""
     return {name: value.detach().half().float() for name, value in weights.items()}
@@ -239,6 +259,9 @@ def main() -> None:
     parser.add_argument("--evaluation-chunks", type=int, default=112)
     parser.add_argument("--start-from", type=Path, help="safetensors to go on from")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument(
+        "--attention", choices=("any", "cudnn", "cudnn-padded", "efficient"), default="any"
+    )
     parser.add_argument("--compile", action="store_true", help="fuse the layers with torch.compile")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -259,6 +282,7 @@ def train(options: argparse.Namespace) -> Iterator[str]:
     device = torch.device(options.device)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.manual_seed(options.seed)
+    choose_attention(options.attention)
     if options.compile:
         segment.segment_layer = torch.compile(segment.segment_layer, dynamic=False)
         forward.vision_block = torch.compile(forward.vision_block, dynamic=False)
@@ -281,7 +305,8 @@ def train(options: argparse.Namespace) -> Iterator[str]:
     steps, next_report, scored = 0, 0.0, False
     behind: torch.Tensor | None = None
     while (done := (time.monotonic() - began) / limit) < 1:
-        loss, norm = trainer.step(schedule(done, options.rate))
+        seeing = SEEING_WEIGHT * (1 - done)
+        loss, seen_loss = trainer.step(schedule(done, options.rate), seeing)
         steps += 1
         trainer.update_average(min(0.998, steps / (steps + 10)))
         # Waiting for the step before keeps the device busy and the clock of the schedule true.
@@ -295,7 +320,7 @@ def train(options: argparse.Namespace) -> Iterator[str]:
                     "step": steps,
                     "seconds": round(time.monotonic() - began, 1),
                     "loss": round(loss.item(), 4),
-                    "norm": round(norm.item(), 3),
+                    "seeing": round(seen_loss.item(), 4),
                     "scenes": pool.received,
                 }
             )
