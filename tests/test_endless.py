@@ -6,8 +6,8 @@ from threading import Thread
 
 import numpy as np
 import psutil
-from reference.dense_streaming import DenseFullAttention, DenseSinkWindow, DenseSlidingWindow
-from reference.harness import Scenario, recording_engine
+from reference.dense_policies import DenseFullAttention, DenseSinkWindow, DenseSlidingWindow
+from reference.scenario import Scenario, recording_engine
 from reference.suppressing import SuppressingExecutor
 
 from framesink.runtime.bundle import Bundle

@@ -7,14 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference.dense_streaming import (
-    DenseFullAttention,
-    DenseSinkWindow,
-    DenseSlidingWindow,
-    DenseStream,
-    TurnRecord,
-    patchify,
-)
+from reference.dense_policies import DenseFullAttention, DenseSinkWindow, DenseSlidingWindow
+from reference.dense_streaming import DenseStream, TurnRecord, patchify
 from reference.frames import moving_frames
 from reference.positions import mrope_positions
 from transformers import Qwen2_5_VLForConditionalGeneration

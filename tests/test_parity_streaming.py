@@ -7,13 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from reference.comparison import assert_same_turn
-from reference.dense_streaming import (
-    DenseFullAttention,
-    DenseSinkWindow,
-    DenseSlidingWindow,
-    TurnRecord,
-)
-from reference.harness import Scenario, assert_events_tell, assert_parity, recording_engine
+from reference.dense_policies import DenseFullAttention, DenseSinkWindow, DenseSlidingWindow
+from reference.dense_streaming import TurnRecord
+from reference.parity import assert_events_tell, assert_parity, dense_stream
+from reference.scenario import Scenario, recording_engine
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from framesink.runtime.tokenizer import Tokenizer
@@ -206,7 +203,7 @@ def test_questions_after_the_video(
 ) -> None:
     """Once no chunk can come, a question is a turn without vision; the policy goes on as before."""
     scenario = Scenario(DenseSinkWindow(3, 2, 12, 16), query=QUERY)
-    stream = scenario.dense_stream(tiny_model, Tokenizer.from_directory(tiny_bundle))
+    stream = dense_stream(scenario, tiny_model, Tokenizer.from_directory(tiny_bundle))
     with recording_engine(tiny_bundle) as (engine, recorder):
         session = scenario.open_session(engine)
         for number in range(6):

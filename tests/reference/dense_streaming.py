@@ -18,32 +18,13 @@ from transformers import Qwen2_5_VLForConditionalGeneration, RepetitionPenaltyLo
 
 from framesink.runtime.tokenizer import Tokenizer
 from reference.dense_model import DenseModel
+from reference.dense_policies import (
+    DenseFullAttention,
+    DensePolicy,
+    DenseSinkWindow,
+    DenseSlidingWindow,
+)
 from reference.positions import GridSize, Position, mrope_positions
-
-
-@dataclass(frozen=True)
-class DenseSinkWindow:
-    """StreamingVLM's policy, its windows in turns and its text limits in tokens."""
-
-    vision_turns: int
-    reply_turns: int
-    sink_text: int
-    recent_text: int
-
-
-@dataclass(frozen=True)
-class DenseSlidingWindow:
-    """Only the last `turns` turns, the one about to begin among them."""
-
-    turns: int
-
-
-@dataclass(frozen=True)
-class DenseFullAttention:
-    """Nothing leaves."""
-
-
-DensePolicy = DenseSinkWindow | DenseSlidingWindow | DenseFullAttention
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Driving the engine and the dense reference through the same video."""
+"""A stream's script, and an engine that records what it does with it."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,26 +9,20 @@ from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.engine import StreamingEngine
-from framesink.runtime.events import Event, EventKind
 from framesink.runtime.executors import create_executor
 from framesink.runtime.manifest import Limits
 from framesink.runtime.policies import FullAttention, Policy, SinkWindow, SlidingWindow
 from framesink.runtime.sampler import SamplingParams
 from framesink.runtime.session import Session
-from framesink.runtime.tokenizer import Tokenizer
 from framesink.runtime.video.chunk import Chunk
-from reference.comparison import assert_same_turn
-from reference.dense_streaming import (
+from reference.dense_policies import (
     DenseFullAttention,
     DensePolicy,
     DenseSinkWindow,
     DenseSlidingWindow,
-    DenseStream,
-    TurnRecord,
 )
 from reference.frames import moving_frames
 from reference.recording import RecordingExecutor
@@ -96,21 +90,6 @@ class Scenario:
             case DenseFullAttention():
                 return FullAttention()
 
-    def dense_stream(
-        self, model: Qwen2_5_VLForConditionalGeneration, tokenizer: Tokenizer
-    ) -> DenseStream:
-        """The reference of this scenario."""
-        return DenseStream(
-            model,
-            tokenizer,
-            self.policy,
-            query=self.query,
-            query_placement=self.query_placement,
-            max_new_tokens=self.max_new_tokens,
-            repetition_penalty=self.repetition_penalty,
-            never=[tokenizer.special(name) for name in self.never],
-        )
-
     def open_session(self, engine: StreamingEngine) -> Session:
         """A session of this scenario."""
         return engine.open_session(
@@ -160,60 +139,3 @@ def recording_engine(
     )
     with engine:
         yield engine, recorder
-
-
-def assert_parity(
-    bundle: Path,
-    model: Qwen2_5_VLForConditionalGeneration,
-    scenario: Scenario,
-    *,
-    chunks: int,
-    tolerance: float,
-    num_pages: int = NUM_PAGES,
-    token_budget: int | None = None,
-    follow: bool = False,
-) -> list[TurnRecord]:
-    """Stream the scenario through both and compare every turn.
-
-    Retained tokens, positions, logits within `tolerance`, greedy tokens and final events must
-    agree. With `follow` the reference says what the engine said, so that a near tie does not part
-    them. Returns the reference's records, for a test to say that what it is about did happen.
-    """
-    stream = scenario.dense_stream(model, Tokenizer.from_directory(bundle))
-    records = []
-    with recording_engine(
-        bundle, num_pages=num_pages, token_budget=token_budget, never=scenario.never
-    ) as (engine, recorder):
-        session = scenario.open_session(engine)
-        for number in range(chunks):
-            question = scenario.questions.get(number)
-            if question is not None:
-                session.ask(question)
-            session.push_chunk(scenario.chunk(number))
-            events = list(session)
-            times = scenario.times(number)
-            said = events[-1].tokens if follow else None
-            record = stream.chunk(scenario.frames(number), *times, question=question, said=said)
-            assert_same_turn(stream, record, recorder.take(), tolerance=tolerance)
-            assert_events_tell(stream, record, events, question)
-            assert (events[-1].t0, events[-1].t1) == times
-            records.append(record)
-    return records
-
-
-def assert_events_tell(
-    stream: DenseStream, record: TurnRecord, events: Sequence[Event], question: str | None
-) -> None:
-    """Raise AssertionError unless the events of one turn say what the reference said."""
-    words = stream.words(record.tokens)
-    text = stream.tokenizer.decode(words)
-    final = events[-1]
-    assert [event.final for event in events] == [False] * (len(events) - 1) + [True]
-    assert {event.turn for event in events} == {record.turn}
-    assert "".join(event.text for event in events) == text
-    stops = (stream.im_end, stream.end_of_text)
-    assert [token for token in final.tokens if token not in stops] == [
-        token for token in record.tokens if token not in stops
-    ]
-    expected = EventKind.ANSWER if question is not None else EventKind.COMMENTARY
-    assert final.kind is (expected if words else EventKind.SILENCE)
