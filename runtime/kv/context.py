@@ -81,14 +81,14 @@ class Context:
     def _indices(self, slots: Int32Array) -> Int32Array:
         """Where slots lie in the view; pages not seen before join the end of the table."""
         pages = slots // self._page_size
-        heads = np.flatnonzero(np.diff(pages, prepend=-1))
+        heads = np.concatenate([[0], np.flatnonzero(pages[1:] != pages[:-1]) + 1])
         rank = self._rank
         ranks = [rank.setdefault(page, len(rank)) for page in pages[heads].tolist()]
         self._reserve(len(rank))
         table = np.asarray(ranks, dtype=np.int32)
         self._table[table] = pages[heads]
-        starts = np.repeat(table, np.diff(heads, append=slots.size))
-        return starts * self._page_size + slots % self._page_size
+        lengths = np.concatenate([heads[1:], [slots.size]]) - heads
+        return np.repeat(table, lengths) * self._page_size + slots % self._page_size
 
     def _reserve(self, pages: int) -> None:
         """Make room for `pages` pages, and some to come."""

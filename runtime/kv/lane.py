@@ -65,15 +65,14 @@ class Lane:
                 self._page, self._row = self._pool.open_page(self._reservation), 0
             run = min(left, size - self._row)
             first = self._page * size + self._row
-            slots = np.arange(first, first + run, dtype=np.int32)
-            self._pool.retain(slots)
-            runs.append(slots)
+            runs.append(np.arange(first, first + run, dtype=np.int32))
+            self._pool.add_rows(self._page, run)
             self._row += run
             left -= run
             if self._row == size:
                 self._pool.close_page(self._page)
                 self._page = None
-        return np.concatenate(runs)
+        return runs[0] if len(runs) == 1 else np.concatenate(runs)
 
     def take_back(self, slots: Int32Array) -> None:
         """Undo the last `take`: the lane continues where these rows, its newest, began."""

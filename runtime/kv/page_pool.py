@@ -113,6 +113,10 @@ class PagePool:
         self._open[page] = True
         return page
 
+    def add_rows(self, page: int, rows: int) -> None:
+        """Count `rows` new rows of an open page as live."""
+        self._live[page] += rows
+
     def reopen_page(self, page: int) -> None:
         """Let a lane append to a page of its own again, after rows were taken back."""
         self._open[page] = True
