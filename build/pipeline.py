@@ -37,7 +37,7 @@ from framesink.calibration.activation_range import observe_activations
 from framesink.calibration.fingerprint import checkpoint_fingerprint
 from framesink.calibration.ranges import FLOAT16_MAX, RANGES_NAME, ActivationRanges
 from framesink.calibration.samples import sample_chunks
-from framesink.runtime.errors import CheckpointError
+from framesink.runtime.errors import BuildError, CheckpointError
 from framesink.runtime.manifest import (
     ComputeType,
     GraphSpec,
@@ -123,10 +123,20 @@ def build_bundle(options: BuildOptions, reporter: Reporter) -> BuildSummary:
     config = source.checkpoint.config
     limits = choose_limits(options, config, source.preprocess, source.streaming)
     estimate = estimate_build(config, observe=True, plans=options.plans)
-    estimate.check(available_memory=available_memory(), free_disk=free_disk(options.output))
+    memory, disk = available_memory(), free_disk(options.output)
+    estimate.check(available_memory=memory, free_disk=disk)
+    reporter.note(
+        f"Needs about {estimate.memory / 1e9:.1f} GB of memory and {estimate.disk / 1e9:.1f} GB of "
+        f"disk; {memory / 1e9:.1f} GB and {disk / 1e9:.1f} GB are there."
+    )
     with staged_directory(options.output) as directory:
         build = _Build(options, source, limits, directory, reporter)
-        return build.run(builder, targets)
+        try:
+            return build.run(builder, targets)
+        except OSError as error:
+            raise BuildError(
+                f"Writing {options.output} failed ({error.strerror or error}); nothing was kept."
+            ) from error
 
 
 @dataclass(slots=True)
@@ -161,7 +171,7 @@ class _Build:
             writer.record(RANGES_NAME)
         plans: dict[PartName, tuple[PlanSpec, ...]] = dict.fromkeys(PART_NAMES, ())
         if builder is None:
-            self._note(
+            self.notes.append(
                 "No TensorRT plans were compiled (--no-plans): this bundle runs on ONNX "
                 "Runtime alone."
             )
@@ -180,10 +190,6 @@ class _Build:
             yield
         self.stages.append(StageResult(name, time.monotonic() - started, memory.peak))
 
-    def _note(self, sentence: str) -> None:
-        self.notes.append(sentence)
-        self.reporter.note(sentence)
-
     def _activation_ranges(self) -> ActivationRanges:
         """Those that `framesink calibrate` left in the checkpoint, if they are of these weights."""
         path = self.options.checkpoint / RANGES_NAME
@@ -191,7 +197,7 @@ class _Build:
             ranges = ActivationRanges.read(path)
             if ranges.checkpoint == checkpoint_fingerprint(self.source.checkpoint):
                 return ranges
-            self._note(f"{path} belongs to other weights, so the model was observed again.")
+            self.notes.append(f"{path} belongs to other weights, so the model was observed again.")
         return observe(self.source, self.options.calibration_videos, self.reporter)
 
     def _compute_types(self, ranges: ActivationRanges) -> dict[PartName, ComputeType]:
@@ -200,7 +206,7 @@ class _Build:
             types[part] = ranges.part(part).compute_type
             if types[part] == "bfloat16":
                 value, place = ranges.part(part).largest
-                self._note(
+                self.notes.append(
                     f"The {part} is compiled in bf16: {place} reaches {value:,.0f}, too close to "
                     f"or beyond fp16's {FLOAT16_MAX:,.0f}."
                 )

@@ -19,7 +19,7 @@ class Reporter(Protocol):
         ...
 
     def note(self, sentence: str) -> None:
-        """Something a person should know about the result."""
+        """Something a person should know while the build runs."""
         ...
 
     def log(self, line: str) -> None:
@@ -54,7 +54,7 @@ class StageResult:
 
 @dataclass(frozen=True, slots=True)
 class BuildSummary:
-    """A finished bundle and what it took."""
+    """A finished bundle, what it took, and what a person should know about it."""
 
     output: Path
     manifest: Manifest

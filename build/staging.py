@@ -1,15 +1,13 @@
 """Write a directory beside its final place and put it there only when it is whole."""
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 from framesink.runtime.errors import BuildError
 from framesink.runtime.manifest import MANIFEST_NAME
-
-_MODE = 0o755
 
 
 def check_output(output: Path, *, force: bool) -> None:
@@ -43,30 +41,26 @@ def staged_directory(output: Path) -> Iterator[Path]:
     """
     output = output.absolute()
     missing = [parent for parent in output.parents if not parent.exists()]
-    staging: Path | None = None
+    # Named before it exists, so that an interrupt at any moment finds what to remove.
+    staging = output.with_name(f".{output.name}.{uuid4().hex}.partial")
     try:
-        staging = _make_hidden(output)
+        _make(staging)
         yield staging
         _replace(output, staging)
     except BaseException:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
         _remove_empty(missing)
         raise
 
 
-def _make_hidden(output: Path) -> Path:
+def _make(staging: Path) -> None:
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        hidden = Path(
-            tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent)
-        )
-        hidden.chmod(_MODE)
+        staging.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
     except OSError as error:
         raise BuildError(
-            f"{output} cannot be written: {error.strerror or error} ({output.parent})."
+            f"{staging.parent} cannot be written: {error.strerror or error}."
         ) from error
-    return hidden
 
 
 def _replace(output: Path, staging: Path) -> None:

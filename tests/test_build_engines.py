@@ -285,12 +285,27 @@ def test_outputs_that_cannot_be_written(tiny_checkpoint: Path, tmp_path: Path) -
 def test_an_unwritable_place(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(**_: object) -> str:
-        raise PermissionError(13, "Permission denied")
+    make = Path.mkdir
 
-    monkeypatch.setattr("framesink.build.staging.tempfile.mkdtemp", refuse)
+    def refuse(self: Path, *arguments: object, **options: object) -> None:
+        if self.suffix == ".partial":
+            raise PermissionError(13, "Permission denied")
+        make(self, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
     message = _refusal(BuildError, tiny_checkpoint, tmp_path / "a" / "bundle")
     assert "Permission denied" in message
+
+
+def test_a_disk_that_fills_up(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("framesink.build.bundle_writer.onnx_ir.save", fill)
+    message = _refusal(BuildError, tiny_checkpoint, tmp_path / "bundle")
+    assert "No space left on device" in message
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,9 @@ def compile_in_process(
     and removes what it wrote.
     """
     # A session of its own: Ctrl-C of the terminal reaches this process alone, which then decides.
+    # Isolated from the working directory (-P), whose files could take the place of packages.
     process = subprocess.Popen(
-        [sys.executable, "-m", _WORKER],
+        [sys.executable, "-P", "-m", _WORKER],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -55,7 +55,7 @@ class RichReporter:
 
     def note(self, sentence: str) -> None:
         """Something a person should know: printed above the bars."""
-        self._console.print(sentence, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        self._console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
     def log(self, line: str) -> None:
         """A tool's message: printed with `--verbose`."""
