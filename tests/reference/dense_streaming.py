@@ -41,7 +41,7 @@ class TurnRecord:
 class DenseStream:
     """One stream. `chunk` is called once per chunk of video and returns the record of its turn.
 
-    `never` are token ids no reply may hold.
+    `never` are token ids no reply may hold, besides those that open a turn or a vision block.
     """
 
     def __init__(
@@ -65,7 +65,6 @@ class DenseStream:
         self.ids: list[int] = []
         self.grids: list[GridSize] = []
         self.time_steps: list[float] = []
-        self.never = list(never)
         self.first_turn_query = query if query_placement == "first_turn" else None
         self.repetition_penalty = RepetitionPenaltyLogitsProcessor(repetition_penalty)
 
@@ -78,6 +77,8 @@ class DenseStream:
         self.vision_start = tokenizer.special("<|vision_start|>")
         self.vision_end = tokenizer.special("<|vision_end|>")
         self.video_pad = tokenizer.special("<|video_pad|>")
+        # A reply that opened a turn or a vision block would be found as one.
+        self.never = [self.im_start, self.vision_start, self.vision_end, self.video_pad, *never]
         self.newline = tokenizer.encode("\n")
         self.closing = tokenizer.encode(" ...")
 
