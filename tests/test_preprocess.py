@@ -30,6 +30,24 @@ def test_patches_equal_those_of_transformers(height: int, width: int) -> None:
         assert difference.mean() < 0.05
 
 
+def test_patches_equal_a_plain_loop() -> None:
+    """Three frames (the last is repeated), every number its own: order and padding, in float64."""
+    config = PreprocessConfig(patch_size=4, merge_size=2, min_pixels=1, max_pixels=10**6)
+    frames = np.random.default_rng(1).integers(0, 256, (3, 16, 24, 3), dtype=np.uint8)
+    patches, grid = frames_to_patches(frames, config)
+    assert (grid.t, grid.h, grid.w) == (2, 4, 6)
+    padded = np.concatenate([frames, frames[-1:]]).astype(np.float64) / 255
+    normal = (padded - np.asarray(config.mean)) / np.asarray(config.std)
+    expected = []
+    for step in range(2):
+        for block in np.ndindex(2, 3):
+            for place in np.ndindex(2, 2):
+                y, x = (4 * (2 * block[axis] + place[axis]) for axis in (0, 1))
+                patch = normal[2 * step : 2 * step + 2, y : y + 4, x : x + 4]
+                expected.append(patch.transpose(3, 0, 1, 2).ravel())
+    np.testing.assert_allclose(patches, np.stack(expected), rtol=0, atol=1e-6)
+
+
 def test_720p_becomes_720_tokens() -> None:
     size = smart_resize(720, 1280, factor=28, min_pixels=100_352, max_pixels=602_112)
     assert size == (560, 1008)

@@ -1,7 +1,10 @@
 """Real files through OpenCV, and captures that fail in every way."""
 
+import http.server
 import itertools
 import struct
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -257,6 +260,82 @@ def test_a_broken_stream_is_connected_again(monkeypatch: pytest.MonkeyPatch) -> 
     assert failed.released
     assert second.released
     assert attempts == []
+
+
+def test_a_stream_that_opens_and_never_delivers_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sources, "RECONNECT_WAITS", (0.0,) * 4)
+    attempts = [FakeCapture([]) for _ in range(4)]
+    source = LiveUrlSource("rtsp://x", FakeCapture([]), lambda: attempts.pop(0), MORE_THAN_ANY)
+    with pytest.raises(VideoError, match="in 4 attempts"):
+        source.grab()
+
+
+def test_segments_that_come_in_bursts_are_paced_by_the_container() -> None:
+    """Frames 0.1 s apart in the container arrive at once; none is handed out before it is due."""
+    capture = FakeCapture([image()] * 4)
+    positions = iter([5000.0, 5020.0, 5040.0, 5060.0])
+    capture.get = lambda prop: next(positions) if prop == cv2.CAP_PROP_POS_MSEC else 0.0
+    source = LiveUrlSource("http://x/a.m3u8", capture, lambda: capture, MORE_THAN_ANY, paced=True)
+    started = time.monotonic()
+    for expected in (5.0, 5.02, 5.04, 5.06):
+        assert source.grab() == pytest.approx(expected)
+        assert time.monotonic() - started >= expected - 5.0
+
+
+class VideoServer(http.server.BaseHTTPRequestHandler):
+    """`/file` is a whole video, `/live` a motion JPEG that breaks off after ten frames."""
+
+    video = b""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        if self.path == "/file":
+            self.send_header("Content-Length", str(len(self.video)))
+            self.end_headers()
+            self.wfile.write(self.video)
+            return
+        self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
+        self.end_headers()
+        picture = cv2.imencode(".jpg", np.full((48, 64, 3), 77, np.uint8))[1].tobytes()
+        head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(picture)}\r\n\r\n"
+        for _ in range(10):
+            self.wfile.write(head.encode() + picture + b"\r\n")
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    VideoServer.video = write_video(tmp_path / "clip.avi").read_bytes()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), VideoServer) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+        thread.join()
+
+
+def test_a_file_over_http_is_a_file(server: str) -> None:
+    source = open_source(f"{server}/file")
+    assert not source.live
+    chunks = list(ChunkStream(source, realtime=False))
+    assert [(chunk.t0, len(chunk.frames)) for chunk in chunks] == [(float(i), 2) for i in range(4)]
+
+
+def test_a_live_stream_over_http_is_connected_again(
+    server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "RECONNECT_WAITS", (0.0,))
+    source = open_source(f"{server}/live")
+    assert source.live
+    times = [source.grab() for _ in range(25)]
+    assert times == sorted(set(times))
+    assert source.retrieve().mean() == pytest.approx(77, abs=2)
+    source.close()
 
 
 def test_waiting_for_a_reconnect_can_be_interrupted() -> None:

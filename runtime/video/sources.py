@@ -187,11 +187,13 @@ class LiveUrlSource(_OpenCvSource):
         self._paced = paced
         self._clock = _ArrivalClock(now)
         self._lead = -math.inf
+        self._attempts = 0
 
     def grab(self) -> float | None:
         """See VideoSource; raises VideoError when the stream cannot be reached again."""
         while not self._interrupted.is_set():
             if self._capture.grab():
+                self._attempts = 0
                 return self._paced_seconds() if self._paced else self._arrival_seconds()
             self._reconnect()
         return None
@@ -208,17 +210,15 @@ class LiveUrlSource(_OpenCvSource):
         return seconds
 
     def _reconnect(self) -> None:
-        """Try again after growing waits; returns connected or interrupted."""
+        """One more attempt, after a growing wait; only a frame makes the waits short again."""
         self._capture.release()
-        for wait in RECONNECT_WAITS:
-            if self._interrupted.wait(wait):
-                return
+        if self._attempts == len(RECONNECT_WAITS):
+            raise VideoError(
+                f"{self.name} broke off and could not be reached again in {self._attempts} "
+                "attempts; check the network and that the stream is running."
+            )
+        wait = RECONNECT_WAITS[self._attempts]
+        self._attempts += 1
+        if not self._interrupted.wait(wait):
             self._capture = self._connect()
-            if self._capture.isOpened():
-                self._lead = -math.inf
-                return
-            self._capture.release()
-        raise VideoError(
-            f"{self.name} broke off and could not be reached again in {len(RECONNECT_WAITS)} "
-            "attempts; check the network and that the stream is running."
-        )
+            self._lead = -math.inf
