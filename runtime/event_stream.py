@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections import deque
+from contextlib import suppress
 
 from framesink.runtime.events import Event
 
@@ -63,7 +64,7 @@ class EventStream:
     def _notify(self) -> None:
         self._changed.notify_all()
         for loop, future in self._waiters:
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop was closed: nobody waits there any more
                 loop.call_soon_threadsafe(_wake, future)
         self._waiters.clear()
 

@@ -8,9 +8,14 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from framesink.runtime.arrays import BoolArray, Float32Array
 from framesink.runtime.errors import OptionError
+
+IntpArray = NDArray[np.intp]
+
+BLOCK = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,32 +66,68 @@ class Sampler:
         `seen` bool `[vocab]`: tokens of the retained context, needed for a repetition penalty.
         Raises ValueError for logits of which the largest is not a number.
         """
-        scores = self.scores(logits, seen)
+        scores = self._scaled(logits, seen)
         if not np.isfinite(scores.max()):
             raise ValueError("the model's logits are not finite")
         if self.params.temperature == 0.0:
             return int(scores.argmax())
-        weights = np.exp(scores - scores.max(), dtype=np.float64)
-        cumulative = weights.cumsum()
-        drawn = self._random.random() * cumulative[-1]
-        return int(np.searchsorted(cumulative[:-1], drawn, side="right"))
+        kept = self._kept(scores)
+        candidates = scores if kept is None else scores[kept]
+        index = _draw(np.exp(candidates - candidates.max()), self._random.random())
+        return index if kept is None else int(kept[index])
 
     def scores(self, logits: Float32Array, seen: BoolArray | None = None) -> Float32Array:
         """Logits after every step; tokens that cannot be chosen are at minus infinity."""
+        scores = self._scaled(logits, seen)
+        kept = self._kept(scores)
+        if kept is None:
+            return scores
+        result = np.full_like(scores, -np.inf)
+        result[kept] = scores[kept]
+        return result
+
+    def _scaled(self, logits: Float32Array, seen: BoolArray | None) -> Float32Array:
+        """Logits after penalty, suppression and temperature."""
         params = self.params
         scores = logits.astype(np.float32, copy=True)
         if seen is not None and self.needs_seen:
             scores[seen] = _penalised(scores[seen], params.repetition_penalty)
         scores[self._suppressed] = -np.inf
+        if params.temperature > 0.0:
+            scores /= np.float32(params.temperature)
+        return scores
+
+    def _kept(self, scores: Float32Array) -> IntpArray | None:
+        """Ids of the tokens top-k and top-p leave, None for all."""
+        params = self.params
         if params.temperature == 0.0:
-            return scores
-        scores /= np.float32(params.temperature)
+            return None
+        kept: IntpArray | None = None
         if 0 < params.top_k < scores.size:
             threshold = np.partition(scores, -params.top_k)[-params.top_k]
-            scores[scores < threshold] = -np.inf
+            kept = np.flatnonzero(scores >= threshold)
         if params.top_p < 1.0:
-            scores[_outside_nucleus(scores, params.top_p)] = -np.inf
-        return scores
+            nucleus = _nucleus(scores if kept is None else scores[kept], params.top_p)
+            kept = nucleus if kept is None else kept[nucleus]
+        return kept
+
+
+def _draw(weights: Float32Array, fraction: float) -> int:
+    """The index at which the running sum of `weights` exceeds `fraction`, in [0, 1), of the whole.
+
+    First the block is found, then the index in it: one running sum over a whole vocabulary would
+    take longer than everything else a token needs.
+    """
+    block_sums = np.add.reduceat(weights, np.arange(0, weights.size, BLOCK), dtype=np.float64)
+    block_ends = block_sums.cumsum()
+    target = fraction * block_ends[-1]
+    block = int(np.searchsorted(block_ends[:-1], target, side="right"))
+    start = block * BLOCK
+    ends = weights[start : start + BLOCK].cumsum(dtype=np.float64)
+    inside = target - (block_ends[block] - block_sums[block])
+    # rounding must not lead to a token without weight at either end of the block
+    inside = min(max(inside, 0.0), np.nextafter(ends[-1], 0.0))
+    return start + int(np.searchsorted(ends, inside, side="right"))
 
 
 def _penalised(scores: Float32Array, penalty: float) -> Float32Array:
@@ -94,18 +135,16 @@ def _penalised(scores: Float32Array, penalty: float) -> Float32Array:
     return np.where(scores < 0, scores * factor, scores / factor)
 
 
-def _outside_nucleus(scores: Float32Array, top_p: float) -> BoolArray:
-    """Tokens beyond the smallest set of likeliest tokens whose probability reaches `top_p`.
+def _nucleus(scores: Float32Array, top_p: float) -> IntpArray:
+    """Indices of the smallest set of likeliest tokens whose probability exceeds `top_p`.
 
-    Tokens less likely than (1 - top_p) / vocab cannot add up to 1 - top_p together, so they are
+    Tokens less likely than (1 - top_p) / size cannot add up to 1 - top_p together, so they are
     outside without being sorted.
     """
-    probabilities = np.exp(scores - scores.max(), dtype=np.float64)
-    probabilities /= probabilities.sum()
-    outside: BoolArray = probabilities <= (1.0 - top_p) / scores.size
-    outside[scores.argmax()] = False
-    candidates = np.flatnonzero(~outside)
-    order = candidates[np.argsort(probabilities[candidates], kind="stable")]
-    below = probabilities[outside].sum() + probabilities[order].cumsum()
-    outside[order[:-1][below[:-1] <= 1.0 - top_p]] = True
-    return outside
+    weights = np.exp(scores - scores.max())
+    total = float(weights.sum(dtype=np.float64))
+    outside = (1.0 - top_p) * total
+    likely = np.flatnonzero(weights > outside / weights.size)
+    order = likely[np.argsort(-scores[likely], kind="stable")]
+    before = np.concatenate([[0.0], weights[order].cumsum(dtype=np.float64)[:-1]])
+    return np.sort(order[total - before > outside])

@@ -72,14 +72,19 @@ def test_suppressed_tokens_are_never_chosen() -> None:
     assert {hot.sample(logits) for _ in range(200)} == {0, 2}
 
 
-def test_tokens_come_as_often_as_their_probability_says() -> None:
-    logits = np.log(np.array([0.5, 0.2, 0.2, 0.1], dtype=np.float32))
+@pytest.mark.parametrize("apart", [1, 700])
+def test_tokens_come_as_often_as_their_probability_says(apart: int) -> None:
+    """Tokens side by side, and far apart in a large vocabulary."""
+    likely = np.arange(4) * apart + 5
+    logits = np.full(4 * apart + 9, -np.inf, dtype=np.float32)
+    logits[likely] = np.log([0.5, 0.2, 0.2, 0.1])
     sampler = Sampler(SamplingParams(temperature=1.0, seed=3))
     draws = 8000
-    counts = np.bincount([sampler.sample(logits) for _ in range(draws)], minlength=4)
+    counts = np.bincount([sampler.sample(logits) for _ in range(draws)], minlength=logits.size)
+    assert counts[likely].sum() == draws
     expected = draws * np.array([0.5, 0.2, 0.2, 0.1])
     # chi-square with 3 degrees of freedom: beyond 16.27 once in a thousand seeds, and 3 is fixed
-    assert ((counts - expected) ** 2 / expected).sum() < 16.27
+    assert ((counts[likely] - expected) ** 2 / expected).sum() < 16.27
 
 
 def test_a_seed_repeats_a_session() -> None:

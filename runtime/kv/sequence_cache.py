@@ -115,6 +115,8 @@ class SequenceCache:
 
         Raises CapacityError when the reservation is spent; the sequence can then only be closed.
         """
+        if self._prepared is not None:
+            raise RuntimeError("the rows prepared before were not written")
         tokens, positions, bases, slots = [], [], [], []
         first = len(self._spans) - sum(1 for _ in self._unwritten_spans())
         left = count
