@@ -54,8 +54,6 @@ class Prefix:
         """The tokens are written; no logits were asked for."""
         assert logits is None
         self.cache.commit()
-        if self.ready:
-            self.cache.stop_appending()
 
 
 class PrefixCache:

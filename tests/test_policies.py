@@ -67,7 +67,6 @@ class Stream:
         for span in prefix:
             shared.append(span)
         write(shared)
-        shared.stop_appending()
         self.shared = shared
         self.cache = SequenceCache(self.pool, self.pool.reserve(own_pages, "A session"))
         self.cache.adopt(shared.spans)

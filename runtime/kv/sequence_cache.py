@@ -151,14 +151,10 @@ class SequenceCache:
         rows, self._prepared = self._prepared, None
         self._context.append(rows.slots, rows.positions, rows.bases)
 
-    def stop_appending(self) -> None:
-        """Write nothing more: unfilled pages are open to nobody (a shared prefix)."""
-        for lane in self._lanes.values():
-            lane.close()
-
     def close(self) -> None:
         """Give every page back and end the reservation."""
-        self.stop_appending()
+        for lane in self._lanes.values():
+            lane.close()
         for span in self._spans:
             self._pool.release(span.slots)
         self._set([])
