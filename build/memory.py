@@ -1,6 +1,9 @@
 """How much memory a stage of the build really takes."""
 
+import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -35,7 +38,8 @@ class PeakMemory:
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        with _uninterrupted():
+            self._thread.start()
         return self
 
     def __exit__(
@@ -44,11 +48,22 @@ class PeakMemory:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._done.set()
-        self._thread.join()
+        with _uninterrupted():
+            self._done.set()
+            self._thread.join()
 
     def _sample(self) -> None:
         while True:
             self.peak = max(self.peak, anonymous_memory(self._process))
             if self._done.wait(_SAMPLE_SECONDS):
                 return
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold back Ctrl-C: inside of threading's own locks it would come out as a RuntimeError."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
