@@ -51,7 +51,7 @@ def encode_training_scene(seed: int, chunks: int, encoder: TurnEncoder) -> Encod
     ids, targets, weights = encoder.scene(scene, start)
     size = int(random.choice([SIDE, SIDE, 2 * SIDE]))
     quality = int(random.integers(55, 96)) if random.random() < 0.4 else None
-    frames = render_chunks(scene, size=size, jpeg_quality=quality)
+    frames = render_chunks(scene, drawn_at=size, jpeg_quality=quality)
     prefix = encoder.prefix(random_query(random))
     return EncodedScene(frames, prefix, ids, targets, weights, cell_targets(scene))
 

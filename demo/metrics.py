@@ -1,9 +1,27 @@
 """Scores replies against the truth of scenes: events, answers, running counts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from demo import phrases
 from demo.world import EventName, QuestionName, Scene
+
+
+@dataclass(slots=True)
+class Tally:
+    """How many of how many were right."""
+
+    right: int = 0
+    total: int = 0
+
+    def add(self, right: bool) -> None:
+        """Count one more."""
+        self.right += right
+        self.total += 1
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right ones; 0 where there were none."""
+        return self.right / max(1, self.total)
 
 
 @dataclass(slots=True)
@@ -17,26 +35,18 @@ class Score:
     events: int = 0
     reported: int = 0
     matched: int = 0
-    entries: int = 0
-    right_counts: int = 0
-    later_entries: int = 0
-    right_later_counts: int = 0
-    questions: int = 0
-    right_answers: int = 0
-    questions_by_name: dict[str, list[int]] | None = None
+    counts: Tally = field(default_factory=Tally)
+    later_counts: Tally = field(default_factory=Tally)
+    answers: dict[str, Tally] = field(
+        default_factory=lambda: {name.value: Tally() for name in QuestionName}
+    )
 
     def add(self, scene: Scene, replies: list[str]) -> None:
         """Score the replies of a scene, one text a chunk, without the closing."""
-        if self.questions_by_name is None:
-            self.questions_by_name = {name.value: [0, 0] for name in QuestionName}
         for truth, reply in zip(scene.truth, replies, strict=True):
             if truth.question is not None:
                 right = reply.strip() == truth.question.answer.strip()
-                self.questions += 1
-                self.right_answers += right
-                tally = self.questions_by_name[truth.question.name.value]
-                tally[0] += right
-                tally[1] += 1
+                self.answers[truth.question.name.value].add(right)
                 continue
             said_ordinal, said = split_ordinal(reply)
             self.reported += bool(said)
@@ -47,11 +57,9 @@ class Score:
             self.matched += said == phrase
             if truth.event.name is EventName.ENTERS:
                 right = said == phrase and said_ordinal == ordinal
-                self.entries += 1
-                self.right_counts += right
+                self.counts.add(right)
                 if truth.event.ordinal > 1:
-                    self.later_entries += 1
-                    self.right_later_counts += right
+                    self.later_counts.add(right)
 
     @property
     def precision(self) -> float:
@@ -71,21 +79,21 @@ class Score:
     @property
     def answer_accuracy(self) -> float:
         """Right among answers."""
-        return self.right_answers / max(1, self.questions)
+        tallies = self.answers.values()
+        return sum(t.right for t in tallies) / max(1, sum(t.total for t in tallies))
 
     @property
     def count_accuracy(self) -> float:
         """Right ordinals among entries."""
-        return self.right_counts / max(1, self.entries)
+        return self.counts.accuracy
 
     @property
     def later_count_accuracy(self) -> float:
         """Right ordinals among entries that are not the first of their kind."""
-        return self.right_later_counts / max(1, self.later_entries)
+        return self.later_counts.accuracy
 
     def __str__(self) -> str:
-        tallies = (self.questions_by_name or {}).items()
-        kinds = ", ".join(f"{name} {right / max(1, n):.3f}" for name, (right, n) in tallies)
+        kinds = ", ".join(f"{name} {tally.accuracy:.3f}" for name, tally in self.answers.items())
         return (
             f"events P {self.precision:.3f} R {self.recall:.3f} F1 {self.f1:.3f} | "
             f"answers {self.answer_accuracy:.3f} ({kinds}) | counts {self.count_accuracy:.3f} "

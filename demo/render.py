@@ -75,20 +75,22 @@ class Renderer:
         cv2.circle(picture, centre, radius, paint, cv2.FILLED, cv2.LINE_AA, _SUBPIXEL_BITS)
 
 
-def render_chunks(scene: Scene, *, size: int = SIDE, jpeg_quality: int | None = None) -> UInt8Array:
-    """The frames the model is shown: uint8 `[chunks, 2, 112, 112, 3]`.
+def render_chunks(
+    scene: Scene, *, drawn_at: int = SIDE, shown_at: int = SIDE, jpeg_quality: int | None = None
+) -> UInt8Array:
+    """The frames the model is shown: uint8 `[chunks, 2, shown_at, shown_at, 3]`.
 
-    They are drawn at `size`, compressed as JPEG if a quality is given, and brought to 112 pixels.
+    They are drawn at `drawn_at` pixels, compressed as JPEG if a quality is given, and resized.
     """
-    renderer = Renderer(scene, size)
-    frames = np.empty((scene.seconds, STEPS_PER_CHUNK, SIDE, SIDE, 3), np.uint8)
+    renderer = Renderer(scene, drawn_at)
+    frames = np.empty((scene.seconds, STEPS_PER_CHUNK, shown_at, shown_at, 3), np.uint8)
     for chunk in range(scene.seconds):
         for step in range(STEPS_PER_CHUNK):
             frame = renderer.frame(chunk + step / STEPS_PER_CHUNK)
             if jpeg_quality is not None:
                 frame = _through_jpeg(frame, jpeg_quality)
-            if size != SIDE:
-                frame = cv2.resize(frame, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+            if drawn_at != shown_at:
+                frame = cv2.resize(frame, (shown_at, shown_at), interpolation=cv2.INTER_AREA)
             frames[chunk, step] = frame
     return frames
 

@@ -187,7 +187,7 @@ class Evaluation:
     ) -> None:
         self.encoder, self.device, self.chunks = encoder, device, chunks
         self.scenes: list[Scene] = [make_scene(seed, chunks) for seed in seeds]
-        frames = np.stack([render_chunks(scene, size=336) for scene in self.scenes])
+        frames = np.stack([render_chunks(scene, drawn_at=336) for scene in self.scenes])
         self.frames: AnyArray = frames
 
     def score(self, weights: dict[str, torch.Tensor], sizes: Sizes, window: Window) -> Score:
