@@ -8,7 +8,9 @@ BUNDLE := bundles/demo
 
 demo: $(VENV)/.demo
 	$(BIN)/build-engines demo/model -o $(BUNDLE) --force
-	$(BIN)/framesink stream demo/clip.mp4 --engines $(BUNDLE)
+	$(BIN)/framesink stream demo/clip.mp4 --engines $(BUNDLE) \
+		--ask "31:Where is the purple star?" \
+		--ask "63:How many red stars have entered?"
 
 test: lint
 	$(BIN)/python -m pytest

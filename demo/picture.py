@@ -21,7 +21,7 @@ CAPTION = 34
 PAPER = (252, 252, 250)
 INK = (30, 30, 34)
 FONT = cv2.FONT_HERSHEY_DUPLEX
-FONT_SCALE = 0.48
+FONT_SCALE = 0.44
 
 
 def frame_at(clip: Path, seconds: float) -> UInt8Array:
