@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from framesink.build.weights import safetensors_header
 from framesink.runtime.models.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from framesink.runtime.models.config import parse_config
+from framesink.runtime.models.safetensors_writer import SafetensorsWriter
 from framesink.runtime.models.weights import model_weights
 
 _BLOCK_ELEMENTS = 1 << 22
@@ -146,8 +146,7 @@ def _make_tokenizer(ordinary: int) -> Tokenizer:
 
 def _write_weights(shapes: Mapping[str, tuple[int, ...]], path: Path, seed: int) -> None:
     random = np.random.default_rng(seed)
-    with path.open("wb") as file:
-        file.write(safetensors_header({name: ("bfloat16", shapes[name]) for name in shapes}))
+    with SafetensorsWriter(path, {name: ("bfloat16", shapes[name]) for name in shapes}) as writer:
         for name, shape in shapes.items():
             is_norm = len(shape) == 1 and name.endswith("weight")
             elements = math.prod(shape)
@@ -157,4 +156,4 @@ def _write_weights(shapes: Mapping[str, tuple[int, ...]], path: Path, seed: int)
                 )
                 block *= _DEVIATION
                 block += float(is_norm)
-                file.write(block.astype(ml_dtypes.bfloat16).view(np.uint8).data)
+                writer.write(name, block.astype(ml_dtypes.bfloat16))
