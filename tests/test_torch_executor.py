@@ -1,0 +1,93 @@
+"""The torch executor against the graph, and against the dense reference over an endless stream."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from reference.comparison import assert_same_turn
+from reference.dense_policies import DenseSinkWindow
+from reference.parity import dense_stream
+from reference.recording import RecordingExecutor
+from reference.scenario import NUM_PAGES, Scenario
+
+from framesink.runtime.bundle import Bundle
+from framesink.runtime.engine import StreamingEngine
+from framesink.runtime.executors import create_executor
+from framesink.runtime.executors.base import Executor
+from framesink.runtime.models.checkpoint import Checkpoint
+
+torch = pytest.importorskip("torch", reason="the executor runs in torch")
+
+from framesink.calibration.torch_executor import TorchExecutor  # noqa: E402
+
+if TYPE_CHECKING:
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+EVICTING = Scenario(
+    policy=DenseSinkWindow(4, 6, 7, 19),
+    query="What happens?",
+    questions={3: "How many?", 17: "Which colour?"},
+    sizes={0: (56, 84), 11: (112, 112), 23: (84, 56)},
+    max_new_tokens=5,
+)
+
+
+def _engine(bundle: Bundle, executor: Executor) -> StreamingEngine:
+    manifest = bundle.manifest
+    return StreamingEngine(
+        executor,
+        manifest.model,
+        bundle.protocol(),
+        manifest.preprocess,
+        manifest.streaming,
+        manifest.limits,
+        threaded=False,
+    )
+
+
+def test_forty_chunks_with_evictions_are_those_of_the_dense_reference(
+    tiny_checkpoint: Path,
+    tiny_bundle: Path,
+    tiny_model: "Qwen2_5_VLForConditionalGeneration",
+) -> None:
+    bundle = Bundle.open(tiny_bundle, check="sizes")
+    stream = dense_stream(EVICTING, tiny_model, bundle.tokenizer())
+    recorder = RecordingExecutor(
+        TorchExecutor(Checkpoint.open(tiny_checkpoint), num_pages=NUM_PAGES, page_size=4)
+    )
+    with _engine(bundle, recorder) as engine:
+        session = EVICTING.open_session(engine)
+        for number in range(40):
+            question = EVICTING.questions.get(number)
+            if question is not None:
+                session.ask(question)
+            session.push_chunk(EVICTING.chunk(number))
+            said = list(session)[-1].tokens
+            record = stream.chunk(
+                EVICTING.frames(number), *EVICTING.times(number), question=question, said=said
+            )
+            assert_same_turn(stream, record, recorder.take(), tolerance=5e-4)
+        assert session.stats().evicted_tokens > 0
+
+
+def test_logits_are_those_of_the_executed_graph(tiny_checkpoint: Path, tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle, check="sizes")
+    graph, _ = create_executor(bundle, "onnxruntime", num_pages=NUM_PAGES, threads=1)
+    ours = TorchExecutor(Checkpoint.open(tiny_checkpoint), num_pages=NUM_PAGES)
+    steps = []
+    for executor in (graph, ours):
+        recorder = RecordingExecutor(executor)
+        with _engine(bundle, recorder) as engine:
+            session = EVICTING.open_session(engine)
+            for number in range(6):
+                session.push_chunk(EVICTING.chunk(number))
+                list(session)
+        steps.append(recorder.take())
+    for expected, found in zip(*steps, strict=True):
+        assert expected.new == found.new
+        assert expected.tokens == found.tokens
+        if expected.logits is None:
+            assert found.logits is None
+        else:
+            np.testing.assert_allclose(found.logits, expected.logits, atol=5e-4)
