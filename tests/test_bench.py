@@ -66,7 +66,7 @@ def test_growth_is_told_from_chunk_100_and_from_full_windows() -> None:
     report = EnduranceReport(
         "here",
         tuple(
-            Checkpoint(chunk, int(memory), pages, tokens, chunk_seconds=memory, itl=2.0)
+            Checkpoint(chunk, int(memory), pages, tokens, memory, cpu_seconds=2 * memory, itl=2.0)
             for chunk, memory, pages, tokens in points
         ),
     )
@@ -74,6 +74,7 @@ def test_growth_is_told_from_chunk_100_and_from_full_windows() -> None:
     assert (growth.since, growth.resident, growth.pages) == (100, 11, 11)
     assert (full.since, full.resident, full.pages) == (200, 1, 1)
     assert growth.chunk_ratio == pytest.approx(61 / 50)
+    assert growth.cpu_ratio == pytest.approx(61 / 50)
     assert full.itl_ratio == 1.0
 
 

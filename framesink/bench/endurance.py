@@ -21,13 +21,15 @@ _FULL_SHARE = 0.98
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """After `chunk` chunks: bytes, pages and tokens held, and of the last 50 chunks the median
-    seconds per chunk and between tokens. The latter does not depend on how long replies are."""
+    seconds and processor seconds per chunk, and the seconds between tokens, which do not depend on
+    how long replies are."""
 
     chunk: int
     resident: int
     pages_used: int
     context_tokens: int
     chunk_seconds: float
+    cpu_seconds: float
     itl: float
 
 
@@ -39,6 +41,7 @@ class Growth:
     resident: int
     pages: int
     chunk_ratio: float
+    cpu_ratio: float
     itl_ratio: float
 
 
@@ -69,6 +72,7 @@ class EnduranceReport:
             resident=end.resident - begin.resident,
             pages=end.pages_used - begin.pages_used,
             chunk_ratio=end.chunk_seconds / begin.chunk_seconds,
+            cpu_ratio=end.cpu_seconds / begin.cpu_seconds,
             itl_ratio=end.itl / begin.itl,
         )
 
@@ -111,6 +115,7 @@ def measure_endurance(
                         pages_used=engine.stats().pages_used,
                         context_tokens=session.stats().context_tokens,
                         chunk_seconds=Quantiles.of([result.seconds for result in recent]).p50,
+                        cpu_seconds=Quantiles.of([result.cpu_seconds for result in recent]).p50,
                         itl=Quantiles.of([gap for result in recent for gap in result.itl]).p50,
                     )
                 )

@@ -16,9 +16,12 @@ from framesink.runtime.video.chunk import Chunk
 @dataclass(frozen=True, slots=True)
 class ChunkResult:
     """One chunk. `seconds` is from just before its frames are handed over (uint8, as captured) to
-    its last event; `ttft` and each of `itl` are seconds; `tokens` are the reply's ids."""
+    its last event, `cpu_seconds` the processor time of the whole process meanwhile, which other
+    programs on the machine hardly change; `ttft` and each of `itl` are seconds; `tokens` are the
+    reply's ids."""
 
     seconds: float
+    cpu_seconds: float
     frames: int
     ttft: float | None
     itl: tuple[float, ...]
@@ -51,7 +54,7 @@ class TimedSession:
 
     def run(self, chunk: Chunk) -> ChunkResult:
         """Push a chunk and take its reply. Raises FramesinkError if the session fails."""
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         self.session.push_chunk(chunk)
         for event in self._events:
             if not event.final:
@@ -61,6 +64,7 @@ class TimedSession:
             timing = event.timing
             return ChunkResult(
                 seconds=time.perf_counter() - started,
+                cpu_seconds=time.process_time() - cpu_started,
                 frames=len(chunk.frames),
                 ttft=timing.ttft if timing else None,
                 itl=timing.itl if timing else (),

@@ -82,8 +82,10 @@ def concurrency_table(report: ConcurrencyReport) -> Table:
 
 def endurance_table(report: EnduranceReport) -> Table:
     """Every checkpoint, and what grew between the first and the last."""
-    table = _titled("One session without an end (times: p50 of the last 50 chunks)")
-    for name in ("chunk", "resident", "KV pages", "context, tokens", "chunk time", "ITL"):
+    table = _titled(
+        "One session without an end (times: p50 of the last 50 chunks; CPU: of the process)"
+    )
+    for name in ("after", "resident", "KV pages", "context, tokens", "chunk", "CPU", "ITL"):
         table.add_column(name, justify="right")
     for checkpoint in report.checkpoints:
         table.add_row(
@@ -92,6 +94,7 @@ def endurance_table(report: EnduranceReport) -> Table:
             str(checkpoint.pages_used),
             f"{checkpoint.context_tokens:,}",
             _milliseconds(checkpoint.chunk_seconds),
+            _milliseconds(checkpoint.cpu_seconds),
             _milliseconds(checkpoint.itl),
         )
     table.add_section()
@@ -102,6 +105,7 @@ def endurance_table(report: EnduranceReport) -> Table:
             f"{growth.pages:+d}",
             "",
             f"{growth.chunk_ratio:.2f}×",
+            f"{growth.cpu_ratio:.2f}×",
             f"{growth.itl_ratio:.2f}×",
         )
     return table
