@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from demo.forward import EMBEDDING, PATCH_SIZE, Sizes
+from demo.scene import SIDE
 from demo.tokenizer import write_tokenizer
-from demo.world import SIDE
 from framesink.runtime.preprocess import CLIP_MEAN, CLIP_STD
 from framesink.runtime.tokenizer import Tokenizer
 
-PATCH_SIZE = 14
 WINDOW_SIZE = 56
 
 # How a session of the demo runs unless told otherwise (fields of `StreamingDefaults`).
@@ -77,6 +77,23 @@ def model_config(tokenizer: Tokenizer) -> Qwen2_5_VLConfig:
     )
 
 
+def sizes_of(config: Qwen2_5_VLConfig) -> Sizes:
+    """What the fast forward needs of a configuration."""
+    text, vision = config.text_config, config.vision_config
+    return Sizes(
+        num_hidden_layers=text.num_hidden_layers,
+        num_attention_heads=text.num_attention_heads,
+        num_key_value_heads=text.num_key_value_heads,
+        head_dim=text.hidden_size // text.num_attention_heads,
+        rms_norm_eps=text.rms_norm_eps,
+        rope_theta=text.rope_parameters["rope_theta"],
+        mrope_section=tuple(text.rope_parameters["mrope_section"]),
+        vision_depth=vision.depth,
+        vision_num_heads=vision.num_heads,
+        fullatt_block_indexes=tuple(vision.fullatt_block_indexes),
+    )
+
+
 def write_checkpoint(weights: dict[str, torch.Tensor], directory: Path) -> None:
     """Write the whole checkpoint: configuration, fp16 weights, tokenizer, streaming defaults.
 
@@ -110,9 +127,6 @@ def write_checkpoint(weights: dict[str, torch.Tensor], directory: Path) -> None:
     }
     _write_json(directory / "preprocessor_config.json", preprocessor)
     _write_json(directory / "streaming_config.json", STREAMING)
-
-
-EMBEDDING = "model.language_model.embed_tokens.weight"
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from demo.render import write_video
-from demo.world import Scene, make_scene
+from demo.scene import Scene
+from demo.world import make_scene
 
 DIRECTORY = Path(__file__).parent
 SEED = 50_011

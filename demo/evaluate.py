@@ -18,7 +18,8 @@ from rich.table import Table
 
 from demo.metrics import Score
 from demo.render import render_chunks, write_video
-from demo.world import HELD_OUT_SEEDS, QuestionName, Scene, make_scene
+from demo.scene import QuestionName, Scene
+from demo.world import HELD_OUT_SEEDS, make_scene
 from framesink.runtime.engine import StreamingEngine
 from framesink.runtime.events import EventKind
 from framesink.runtime.policies import Policy, SinkWindow, SlidingWindow

@@ -5,7 +5,7 @@ import multiprocessing
 import queue
 import threading
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -16,26 +16,25 @@ import torch
 
 from demo.forward import VISION_TOKENS
 from demo.render import render_chunks
+from demo.scene import SIDE, STEPS_PER_CHUNK
 from demo.supervision import TARGETS, cell_targets
 from demo.turns import PREFIX_SLOTS, REPLY_LENGTH, SLOTS, TurnEncoder, random_query
-from demo.world import SIDE, STEPS_PER_CHUNK, TRAINING_SEEDS_START, make_scene
-from framesink.runtime.arrays import AnyArray
+from demo.world import TRAINING_SEEDS_START, make_scene
+from framesink.runtime.arrays import AnyArray, UInt8Array
 from framesink.runtime.protocol import ChatProtocol
 from framesink.runtime.tokenizer import Tokenizer
 
 QUESTION_RATE = 0.3
 _LATE_START = 0.3  # share of training scenes whose clock does not start at 0
 _FRAME_SHAPE = (STEPS_PER_CHUNK, SIDE, SIDE, 3)
-_NOTHING = np.zeros(0, np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedScene:
-    """A scene as training arrays: frames uint8 `[chunks, 2, 112, 112, 3]`, the session's first ids,
-    and per chunk the ids of its turn, the targets and the loss weights of its reply, and what each
-    part of the picture shows (`demo.supervision`)."""
+    """A scene as training arrays, its frames apart: the session's first ids, and per chunk the ids
+    of its turn, the targets and the loss weights of its reply, and what each part of the picture
+    shows (`demo.supervision`)."""
 
-    frames: AnyArray
     prefix: AnyArray
     ids: AnyArray
     targets: AnyArray
@@ -43,8 +42,13 @@ class EncodedScene:
     cells: AnyArray
 
 
-def encode_training_scene(seed: int, chunks: int, encoder: TurnEncoder) -> EncodedScene:
-    """Render and encode the scene of a seed, in a style that varies with the seed."""
+def encode_training_scene(
+    seed: int, chunks: int, encoder: TurnEncoder
+) -> tuple[UInt8Array, EncodedScene]:
+    """Render and encode the scene of a seed, in a style that varies with the seed.
+
+    Returns the frames uint8 `[chunks, 2, 112, 112, 3]` and the rest.
+    """
     random = np.random.default_rng([seed, 11])
     scene = make_scene(seed, chunks, question_rate=QUESTION_RATE)
     start = float(random.integers(0, 5000)) if random.random() < _LATE_START else 0.0
@@ -53,7 +57,7 @@ def encode_training_scene(seed: int, chunks: int, encoder: TurnEncoder) -> Encod
     quality = int(random.integers(55, 96)) if random.random() < 0.4 else None
     frames = render_chunks(scene, drawn_at=size, jpeg_quality=quality)
     prefix = encoder.prefix(random_query(random))
-    return EncodedScene(frames, prefix, ids, targets, weights, cell_targets(scene))
+    return frames, EncodedScene(prefix, ids, targets, weights, cell_targets(scene))
 
 
 class SceneFeed:
@@ -87,9 +91,8 @@ class SceneFeed:
         seed = TRAINING_SEEDS_START + worker
         while True:
             index = self._free.get()
-            scene = encode_training_scene(seed, self.chunks, encoder)
-            self.frames[index] = scene.frames
-            self._ready.put((index, replace(scene, frames=_NOTHING)))
+            self.frames[index], scene = encode_training_scene(seed, self.chunks, encoder)
+            self._ready.put((index, scene))
             seed += workers
 
     def take(self, timeout: float) -> tuple[int, EncodedScene]:

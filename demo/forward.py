@@ -6,13 +6,13 @@ were computed earlier: keys before RoPE, rotated afresh for the positions of eve
 (StreamingVLM, arXiv 2510.09608). `tests/test_demo_model.py` compares both with transformers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch.nn import functional
 
-from demo.world import SIDE, STEPS_PER_CHUNK
+from demo.scene import SIDE, STEPS_PER_CHUNK
 from framesink.runtime.preprocess import CLIP_MEAN, CLIP_STD
 
 Weights: TypeAlias = Mapping[str, torch.Tensor]
@@ -53,16 +53,24 @@ def to_patches(frames: torch.Tensor) -> torch.Tensor:
     return ordered.reshape(len(frames), GRID * GRID * MERGE * MERGE, -1)
 
 
-def encode_vision(weights: Weights, sizes: Sizes, patches: torch.Tensor) -> torch.Tensor:
-    """Patches `[N, 64, 1176]` to embeddings `[N, 16, hidden]`."""
+def encode_vision(
+    weights: Weights,
+    sizes: Sizes,
+    patches: torch.Tensor,
+    block: Callable[..., torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Patches `[N, 64, 1176]` to embeddings `[N, 16, hidden]`.
+
+    `block` is `vision_block`, perhaps compiled.
+    """
     count, heads = len(patches), sizes.vision_num_heads
     kernel = weights["model.visual.patch_embed.proj.weight"]
     hidden = functional.linear(_to_windows(patches.to(kernel.dtype)), kernel.flatten(1))
     cos, sin = _vision_rotary(hidden.shape[-1] // heads, hidden.device, hidden.dtype)
     for index in range(sizes.vision_depth):
-        block = layer_weights(weights, f"model.visual.blocks.{index}.")
+        own = layer_weights(weights, f"model.visual.blocks.{index}.")
         full = index in sizes.fullatt_block_indexes
-        hidden = vision_block(block, heads, full, hidden, cos, sin)
+        hidden = (block or vision_block)(own, heads, full, hidden, cos, sin)
     normed = norm(hidden, weights["model.visual.merger.ln_q.weight"], 1e-6)
     merged = normed.reshape(count, VISION_TOKENS, -1)
     merged = functional.gelu(linear(weights, "model.visual.merger.mlp.0", merged))

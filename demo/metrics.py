@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from demo import phrases
-from demo.world import EventName, QuestionName, Scene
+from demo.scene import EventName, QuestionName, Scene
 
 
 @dataclass(slots=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from demo.world import SIDE, STEPS_PER_CHUNK, Scene, Sprite
+from demo.scene import SIDE, STEPS_PER_CHUNK, Scene, Sprite
 from framesink.runtime.arrays import AnyArray, Float32Array, UInt8Array
 from framesink.runtime.errors import VideoError
 

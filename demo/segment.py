@@ -9,7 +9,8 @@ sees what. The one difference from stepping: the middle of a full `previous text
 of the run only.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch.nn import functional
@@ -29,8 +30,6 @@ from demo.streaming import (
 )
 from demo.turns import EMPTY, OPENING_SLOTS, PART, PREFIX_SLOTS, REPLY_SLOTS, SLOTS
 
-# Whether values are padded to the length of queries, which some fused attention kernels want.
-PAD_VALUES = False
 _ALIGNMENT = 8  # fused attention kernels want masks of such lengths
 _CLOSING = PREFIX_SLOTS - OPENING_SLOTS
 _WORDS = PART["words"].stop - PART["words"].start
@@ -54,6 +53,9 @@ class Frames(NamedTuple):
     bias: torch.Tensor
 
 
+Layer: TypeAlias = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
 def run_segment(
     streamer: Streamer,
     weights: Weights,
@@ -61,11 +63,12 @@ def run_segment(
     state: State,
     ids: torch.Tensor,
     vision: torch.Tensor,
+    layer: Layer | None = None,
 ) -> tuple[torch.Tensor, State]:
     """Run turns `[B, k, SLOTS]` with embeddings `[B, k, 16, hidden]` after a state.
 
-    Returns the hidden states of the reply slots `[B, k, REPLY_LENGTH, hidden]` and the state after
-    the last turn.
+    `layer` is `segment_layer`, perhaps compiled. Returns the hidden states of the reply slots
+    `[B, k, REPLY_LENGTH, hidden]` and the state after the last turn.
     """
     sizes, count = streamer.sizes, ids.shape[1]
     hidden = embed_turns(weights, ids, vision)
@@ -79,9 +82,8 @@ def run_segment(
     new_keys, new_values = [], []
     layers = sizes.num_hidden_layers
     for index in range(layers):
-        layer = forward.layer_weights(weights, f"model.language_model.layers.{index}.")
-        hidden, key, value = segment_layer(
-            layer,
+        hidden, key, value = (layer or segment_layer)(
+            forward.layer_weights(weights, f"model.language_model.layers.{index}."),
             sizes,
             hidden,
             frames,
@@ -127,8 +129,6 @@ def segment_layer(
         (functional.pad(in_window, (0, head_dim)), functional.pad(in_text, (head_dim, 0))), dim=2
     )
     values = torch.cat((turn_values, text[1], moved_values), dim=2)
-    if PAD_VALUES:
-        values = functional.pad(values, (0, head_dim))
     queries = torch.cat(
         (
             forward.rotate(query, *frames.query_window),
@@ -144,7 +144,7 @@ def segment_layer(
         attn_mask=frames.bias.expand(-1, sizes.num_attention_heads, -1, -1),
         scale=head_dim**-0.5,
     )
-    attended = attended[..., :head_dim].transpose(1, 2).flatten(2)
+    attended = attended.transpose(1, 2).flatten(2)
     hidden = hidden + forward.linear(weights, "self_attn.o_proj", attended)
     normed = forward.norm(hidden, weights["post_attention_layernorm.weight"], sizes.rms_norm_eps)
     return hidden + forward.mlp(weights, "mlp", normed), key, value

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from demo import phrases
 from demo.forward import GRID, VISION_TOKENS
-from demo.world import SIDE, STEPS_PER_CHUNK, Scene, place_of
+from demo.scene import SIDE, STEPS_PER_CHUNK, Scene, place_of
 from framesink.runtime.arrays import AnyArray
 
 IGNORED = -1

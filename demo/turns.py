@@ -10,7 +10,7 @@ import numpy as np
 
 from demo import phrases
 from demo.forward import VISION_TOKENS
-from demo.world import ChunkTruth, EventName, Scene
+from demo.scene import ChunkTruth, EventName, Scene
 from framesink.runtime.arrays import AnyArray
 from framesink.runtime.protocol import ChatProtocol
 

@@ -1,24 +1,31 @@
-"""The fast forward of the demo's training equals transformers, vision and language."""
+"""The demo model: training's forward equals transformers', and the checkpoint sees and counts."""
+
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from demo import forward
-from demo.checkpoint import model_config
+from demo.checkpoint import model_config, sizes_of
+from demo.clip import clip_scene
 from demo.render import render_chunks
 from demo.segment import run_segment
 from demo.streaming import Streamer, Window
 from demo.tokenizer import write_tokenizer
-from demo.train import initial_weights, sizes_of
+from demo.trainer import initial_weights
 from demo.turns import EMPTY, REPLY_LENGTH, REPLY_SLOTS, TurnEncoder
 from demo.world import make_scene
+from framesink.runtime.manifest import StreamingDefaults
 from framesink.runtime.preprocess import PreprocessConfig, patchify
 from framesink.runtime.protocol import ChatProtocol
 from framesink.runtime.tokenizer import Tokenizer
 
 CHUNKS = 5
+MODEL = Path(__file__).parents[1] / "demo" / "model"
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +124,63 @@ def test_parallel_run_equals_stepping(encoder: TurnEncoder) -> None:
     torch.testing.assert_close(parallel, torch.stack(stepped, dim=1)[kept], rtol=1e-4, atol=1e-4)
     assert torch.equal(parallel_state.text_count, state.text_count)
     assert int(state.text_count.max()) > 20
+
+
+@pytest.fixture(scope="module")
+def bundled() -> Qwen2_5_VLForConditionalGeneration:
+    """The bundled checkpoint in transformers, computed in float32."""
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        MODEL, dtype=torch.float32, local_files_only=True
+    ).eval()
+
+
+def test_the_checkpoint_is_small_and_whole(bundled: Qwen2_5_VLForConditionalGeneration) -> None:
+    assert (MODEL / "model.safetensors").stat().st_size <= 16_000_000
+    with safe_open(MODEL / "model.safetensors", "pt") as stored:
+        assert {stored.get_slice(name).get_dtype() for name in stored.keys()} == {"F16"}  # noqa: SIM118
+    # A configuration that the weights were not trained with would load as well.
+    tokenizer = Tokenizer.from_directory(MODEL)
+    expected = model_config(tokenizer).to_dict()
+    stored_config = bundled.config.to_dict()
+    for part in ("text_config", "vision_config"):
+        for key in ("rope_parameters", "hidden_size", "vocab_size", "fullatt_block_indexes"):
+            assert stored_config[part].get(key) == expected[part].get(key)
+    defaults = StreamingDefaults(**json.loads((MODEL / "streaming_config.json").read_text()))
+    assert Window() == Window(defaults.reply_turns, defaults.sink_text, defaults.recent_text)
+
+
+def test_transformers_reads_the_clip_right(bundled: Qwen2_5_VLForConditionalGeneration) -> None:
+    """The first chunks of the held-out clip in one plain forward of transformers: after every
+    prompt and every right word, the most likely token is the next right one."""
+    encoder = TurnEncoder(ChatProtocol(Tokenizer.from_directory(MODEL)))
+    scene = clip_scene()
+    chunks = Window().turns
+    ids = np.stack([encoder.turn(scene.truth[i], float(i), first=i == 0) for i in range(chunks)])
+    prefix = encoder.prefix("Say what happens.")
+    joined = np.concatenate([prefix, ids.reshape(-1)])
+    tokens = torch.from_numpy(joined[joined != EMPTY]).long()[None]
+    frames = render_chunks(scene, drawn_at=336)[:chunks]
+    patches = [
+        patchify(chunk, PreprocessConfig(min_pixels=112 * 112, max_pixels=112 * 112))[0]
+        for chunk in frames
+    ]
+    with torch.no_grad():
+        likeliest = (
+            bundled(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                pixel_values_videos=torch.from_numpy(np.concatenate(patches)),
+                video_grid_thw=torch.tensor([[1, 8, 8]] * chunks),
+                mm_token_type_ids=(tokens == bundled.config.video_token_id).int() * 2,
+            )
+            .logits[0]
+            .argmax(-1)
+        )
+    end = int((prefix != EMPTY).sum())
+    said = []
+    for turn in ids:
+        count = int((turn[REPLY_SLOTS] != EMPTY).sum())
+        end += int((turn != EMPTY).sum())
+        said.append(encoder.protocol.tokenizer.decode(likeliest[end - count : end].tolist()))
+    assert said == [f"{truth.reply} ..." for truth in scene.truth[:chunks]]
+    assert sum(bool(truth.reply) for truth in scene.truth[:chunks]) >= 4
