@@ -4,14 +4,30 @@ Model: Qwen2.5-VL, `transformers` `models/qwen2_5_vl/modeling_qwen2_5_vl.py` (Qw
 Inputs and outputs are described in docs/architecture.md, section Graphs.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
+import ml_dtypes
+import numpy as np
 import onnx_ir as ir
 
 from framesink.build.graphs.layers import DATA_TYPES, GraphAuthor, WeightMap
 from framesink.runtime.manifest import ComputeType
 from framesink.runtime.models.config import ModelConfig, TextConfig
+from framesink.runtime.models.quantization import (
+    CacheScheme,
+    Quantization,
+    k_channel_scale,
+    v_head_scale,
+)
 from framesink.runtime.models.weights import FINAL_NORM, layer_name, output_projection
+
+# Types of a quantized cache's pages, and of the new rows.
+_CODE_TYPES: Mapping[CacheScheme, tuple[ir.DataType, ir.DataType]] = {
+    CacheScheme.INT8: (ir.DataType.INT8, ir.DataType.INT8),
+    CacheScheme.FP8: (ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +50,19 @@ def author_language_model(
     compute_type: ComputeType,
     page_size: int,
     cache_type: ComputeType,
+    quantization: Quantization | None = None,
 ) -> ir.Model:
     """Author the language model.
 
-    `weights` holds the tensors named by `language_model_weights`, in any float type.
-    `compute_type` is the type of activations, tables, mask and logits; `cache_type` that of the
-    K/V pages and of the new K/V rows.
+    `weights` holds the tensors named by `language_model_weights`, in any float type, or as
+    `quantization` says. `compute_type` is the type of activations, tables, mask and logits;
+    `cache_type` that of the K/V pages and of the new K/V rows, unless `quantization` has a cache
+    scheme: INT8 pages and rows are int8; FP8 rows are float8_e4m3fn and their pages hold the same
+    bytes typed int8, since no reader gathers FP8.
     """
-    return _LanguageModelAuthor(config.text, weights, compute_type, page_size, cache_type).author()
+    return _LanguageModelAuthor(
+        config.text, weights, compute_type, page_size, cache_type, quantization
+    ).author()
 
 
 class _LanguageModelAuthor(GraphAuthor):
@@ -52,11 +73,24 @@ class _LanguageModelAuthor(GraphAuthor):
         compute_type: ComputeType,
         page_size: int,
         cache_type: ComputeType,
+        quantization: Quantization | None,
     ) -> None:
-        super().__init__("language_model", weights, compute_type)
+        super().__init__("language_model", weights, compute_type, quantization)
         self.config = config
         self.page_size = page_size
         self.cache_type = DATA_TYPES[cache_type]
+
+    @cached_property
+    def _one(self) -> ir.Value:
+        """The scale of codes whose real scales are applied apart."""
+        return self.constant("one", np.ones((), np.float32))
+
+    @cached_property
+    def _fp8_values(self) -> ir.Value:
+        """What each byte means as E4M3, from byte -128 (as int8) on."""
+        codes = np.arange(-128, 128, dtype=np.int8).view(ml_dtypes.float8_e4m3fn)
+        # The two NaN codes never occur: finite rows saturate.
+        return self.constant("fp8_values", np.nan_to_num(codes.astype(np.float32), nan=0.0))
 
     def author(self) -> ir.Model:
         config = self.config
@@ -135,20 +169,42 @@ class _LanguageModelAuthor(GraphAuthor):
         """The one place where K/V is read and written: emits the new rows `[B,Hkv,s,D]` as an
         output and returns context and new rows, `[B,Hkv,P·page+s,D]`, as later steps will read
         them (that is, through the cache type)."""
-        config = self.config
-        heads, head_dim = config.num_key_value_heads, config.head_dim
+        heads, head_dim = self.config.num_key_value_heads, self.config.head_dim
+        scheme = self.quantization.cache
+        page_type, row_type = _CODE_TYPES.get(scheme, (self.cache_type, self.cache_type))
         pages = self.input(
-            f"{kind}_pages.{index}", ("pool", heads, self.page_size, head_dim), self.cache_type
+            f"{kind}_pages.{index}", ("pool", heads, self.page_size, head_dim), page_type
         )
         with self.scope(f"{kind}_cache"):
             per_head = self.op.Reshape(pages, [-1, self.page_size, head_dim])
             gathered = self.op.Gather(per_head, step.page_index, axis=0)
             context = self.op.Reshape(gathered, [0, heads, -1, head_dim])
-            stored = self._cast(new, self.cache_type)
-            rows = self._cast(self.op.Concat(context, stored, axis=2), self.compute_type)
-        shape = ("batch", heads, "new", head_dim)
-        self.output(stored, f"{kind}_new.{index}", shape, self.cache_type)
+            if scheme is CacheScheme.UNQUANTIZED:
+                stored = self._cast(new, self.cache_type)
+                rows = self._cast(self.op.Concat(context, stored, axis=2), self.compute_type)
+            else:
+                scale = self._cache_scale(kind, index)
+                stored = self.quantize(self.op.Div(new, scale), self._one, row_type)
+                codes = self.op.DequantizeLinear(stored, self._one)
+                codes = self.op.Concat(self._read_codes(context), codes, axis=2)
+                rows = self.op.Mul(codes, scale)
+        self.output(stored, f"{kind}_new.{index}", ("batch", heads, "new", head_dim), row_type)
         return rows
+
+    def _cache_scale(self, kind: str, index: int) -> ir.Value:
+        """Scales that fit `[B,Hkv,s,D]`: one per channel for K, one per head for V."""
+        heads, head_dim = self.config.num_key_value_heads, self.config.head_dim
+        if kind == "k":
+            return self.op.Reshape(self.weight(k_channel_scale(index)), [1, heads, 1, head_dim])
+        return self.op.Reshape(self.weight(v_head_scale(index)), [1, heads, 1, 1])
+
+    def _read_codes(self, context: ir.Value) -> ir.Value:
+        """The numbers that gathered codes stand for, in the compute type."""
+        if self.quantization.cache is CacheScheme.INT8:
+            return self.op.DequantizeLinear(context, self._one)
+        # FP8 can be gathered by neither reader, nor can bytes be declared FP8 afterwards.
+        place = self.op.Add(self.op.Cast(context, to=ir.DataType.INT32), 128)
+        return self.op.Gather(self._fp8_values, place, axis=0)
 
     def _cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         return value if self.cache_type == self.compute_type else self.op.Cast(value, to=dtype)

@@ -1,5 +1,8 @@
 """What both graphs are made of: inputs, weights, linear layers, norms, rotary, attention.
 
+A quantized layer is standard QuantizeLinear and DequantizeLinear around the product: ONNX Runtime
+computes exactly that, TensorRT fuses it into a product of codes.
+
 Each helper emits native operators of opset 24 that ONNX Runtime executes and TensorRT compiles.
 Nodes are named by the scope they were emitted in (`layers.0/self_attn/q_proj/MatMul_node_12`), so a
 name in a viewer, a profile or a builder's message leads back to the code.
@@ -12,7 +15,15 @@ from typing import Protocol, TypeAlias
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
+from framesink.runtime.arrays import Float32Array
 from framesink.runtime.manifest import ComputeType
+from framesink.runtime.models.quantization import (
+    LinearScheme,
+    Quantization,
+    input_scale,
+    pre_quant_scale,
+    weight_scale,
+)
 from framesink.runtime.models.safetensors import TensorInfo
 
 OPSET = 24
@@ -22,7 +33,18 @@ DATA_TYPES: Mapping[str, ir.DataType] = {
     "bfloat16": ir.DataType.BFLOAT16,
     "float32": ir.DataType.FLOAT,
 }
+CODE_TYPES: Mapping[str, ir.DataType] = {
+    "float8_e4m3fn": ir.DataType.FLOAT8E4M3FN,
+    "int8": ir.DataType.INT8,
+    "uint8": ir.DataType.INT4,
+}
 PRODUCER = "framesink"
+
+# Schemes that quantize a layer's input, and the type of its codes.
+_INPUT_CODES: Mapping[LinearScheme, ir.DataType] = {
+    LinearScheme.FP8: ir.DataType.FLOAT8E4M3FN,
+    LinearScheme.INT8: ir.DataType.INT8,
+}
 
 WeightMap: TypeAlias = Mapping[str, ir.ExternalTensor]
 Dimension: TypeAlias = int | str
@@ -31,22 +53,30 @@ Dimension: TypeAlias = int | str
 def external_weights(tensors: Mapping[str, TensorInfo]) -> dict[str, ir.ExternalTensor]:
     """Tensors of safetensors files as graph weights that only point at their bytes.
 
-    A graph that uses them must be saved in the directory that holds the files. Tensors of other
-    than float types are left out.
+    Bytes (uint8) are pairs of INT4 codes, the first in the low nibble. A graph that uses the
+    weights must be saved in the directory that holds the files. Tensors of other types are left
+    out.
     """
+    types = {**DATA_TYPES, **CODE_TYPES}
     return {
         name: ir.ExternalTensor(
             location=info.file.name,
             offset=info.offset,
             length=info.nbytes,
-            dtype=DATA_TYPES[info.dtype],
-            shape=ir.Shape(info.shape),
+            dtype=types[info.dtype],
+            shape=ir.Shape(_unpacked_shape(info)),
             name=name,
             base_dir=info.file.parent,
         )
         for name, info in tensors.items()
-        if info.dtype in DATA_TYPES
+        if info.dtype in types
     }
+
+
+def _unpacked_shape(info: TensorInfo) -> tuple[int, ...]:
+    if info.dtype != "uint8":
+        return info.shape
+    return (*info.shape[:-1], 2 * info.shape[-1])
 
 
 class Operators(Protocol):
@@ -57,15 +87,23 @@ class Operators(Protocol):
 
 class GraphAuthor:
     """Writes one graph. `weights` are emitted as they are and cast to `compute_type` in the graph
-    where they differ from it (a reader folds that cast at load)."""
+    where they differ from it (a reader folds that cast at load). Linear layers that `quantization`
+    names have their codes and scales in `weights`."""
 
-    def __init__(self, name: str, weights: WeightMap, compute_type: ComputeType) -> None:
+    def __init__(
+        self,
+        name: str,
+        weights: WeightMap,
+        compute_type: ComputeType,
+        quantization: Quantization | None = None,
+    ) -> None:
         self._graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name)
         self._builder = GraphBuilder(self._graph)
         self._weights = weights
         self._emitted: dict[str, ir.Value] = {}
         self.op: Operators = self._builder.op
         self.compute_type = DATA_TYPES[compute_type]
+        self.quantization = quantization or Quantization()
 
     def input(
         self, name: str, shape: tuple[Dimension, ...], dtype: ir.DataType | None = None
@@ -101,12 +139,46 @@ class GraphAuthor:
             self._emitted[name] = value
         return self._emitted[name]
 
+    def constant(self, name: str, values: Float32Array) -> ir.Value:
+        """A small table of the graph's own, in the compute type."""
+        tensor = ir.tensor(values.tolist(), dtype=self.compute_type, name=name)
+        value: ir.Value = self._builder.initializer(tensor, name, qualify=False)
+        return value
+
     def linear(self, x: ir.Value, name: str, *, bias: bool = True) -> ir.Value:
         """`x Wᵀ + b` over the last axis: the one place where a linear layer is emitted."""
+        scheme = self.quantization.scheme(name)
         with self.scope(name.rpartition(".")[2]):
-            matrix = self.op.Transpose(self.weight(f"{name}.weight"), perm=[1, 0])
+            if scheme in _INPUT_CODES:
+                x = self._quantized_input(x, name, _INPUT_CODES[scheme])
+            matrix = self.op.Transpose(self._matrix(name, scheme), perm=[1, 0])
             product = self.op.MatMul(x, matrix)
             return self.op.Add(product, self.weight(f"{name}.bias")) if bias else product
+
+    def _matrix(self, name: str, scheme: LinearScheme) -> ir.Value:
+        """The weight `[out, in]` of a linear layer, in the compute type."""
+        if scheme is LinearScheme.UNQUANTIZED:
+            return self.weight(f"{name}.weight")
+        codes = self._builder.initializer(
+            self._weights[f"{name}.weight"], f"{name}.weight", qualify=False
+        )
+        scale = self.weight(weight_scale(name))
+        if scheme is LinearScheme.INT4_WEIGHT_ONLY:
+            group = self.quantization.int4_group
+            return self.op.DequantizeLinear(codes, scale, axis=1, block_size=group)
+        # One scale per row; a scale for the whole matrix is a scalar, for which no axis counts.
+        return self.op.DequantizeLinear(codes, scale, axis=0)
+
+    def _quantized_input(self, x: ir.Value, name: str, code_type: ir.DataType) -> ir.Value:
+        """A linear layer's input as its codes say it, after SmoothQuant's factors if it has any."""
+        if pre_quant_scale(name) in self._weights:
+            x = self.op.Mul(x, self.weight(pre_quant_scale(name)))
+        scale = self.weight(input_scale(name))
+        return self.op.DequantizeLinear(self.quantize(x, scale, code_type), scale)
+
+    def quantize(self, x: ir.Value, scale: ir.Value, code_type: ir.DataType) -> ir.Value:
+        """Codes of `x / scale`: nearest, ties to even, saturating."""
+        return self.op.QuantizeLinear(x, scale, output_dtype=code_type)
 
     def rms_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value:
         """RMSNorm over the last axis; the mean square is taken in float32 (`stash_type`)."""

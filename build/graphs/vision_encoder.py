@@ -14,6 +14,7 @@ import onnx_ir as ir
 from framesink.build.graphs.layers import Dimension, GraphAuthor, WeightMap
 from framesink.runtime.manifest import ComputeType
 from framesink.runtime.models.config import ModelConfig, VisionConfig
+from framesink.runtime.models.quantization import Quantization
 from framesink.runtime.models.vision_segments import window_patches
 from framesink.runtime.models.weights import MERGER, PATCH_EMBED, block_name
 
@@ -32,19 +33,29 @@ class _Segments:
 
 
 def author_vision_encoder(
-    config: ModelConfig, weights: WeightMap, *, compute_type: ComputeType
+    config: ModelConfig,
+    weights: WeightMap,
+    *,
+    compute_type: ComputeType,
+    quantization: Quantization | None = None,
 ) -> ir.Model:
     """Author the vision encoder.
 
-    `weights` holds the tensors named by `vision_encoder_weights`, in any float type.
-    `compute_type` is the type of patches, tables, masks and embeddings.
+    `weights` holds the tensors named by `vision_encoder_weights`, in any float type, or as
+    `quantization` says. `compute_type` is the type of patches, tables, masks and embeddings.
     """
-    return _VisionEncoderAuthor(config.vision, weights, compute_type).author()
+    return _VisionEncoderAuthor(config.vision, weights, compute_type, quantization).author()
 
 
 class _VisionEncoderAuthor(GraphAuthor):
-    def __init__(self, config: VisionConfig, weights: WeightMap, compute_type: ComputeType) -> None:
-        super().__init__("vision_encoder", weights, compute_type)
+    def __init__(
+        self,
+        config: VisionConfig,
+        weights: WeightMap,
+        compute_type: ComputeType,
+        quantization: Quantization | None,
+    ) -> None:
+        super().__init__("vision_encoder", weights, compute_type, quantization)
         self.config = config
 
     def author(self) -> ir.Model:

@@ -28,6 +28,7 @@ from framesink.runtime.rope import MRopeTable, vision_rotary
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
+    "tensor(int8)": np.dtype(np.int8),
 }
 # A live session has one grid, and another after a change of resolution.
 CACHED_GRIDS = 16
@@ -156,7 +157,8 @@ class OnnxRuntimeExecutor:
         sequence, token = group.rows
         for name, pool in self._pools.items():
             new = outputs[name.replace("_pages.", "_new.")]
-            pool[page, :, row] = new[sequence, :, token]
+            # FP8 rows come as bytes of uint8, and FP8 pages are the same bytes typed int8.
+            pool[page, :, row] = new[sequence, :, token].view(pool.dtype)
 
     def close(self) -> None:
         """Free weights and pages."""
@@ -172,6 +174,9 @@ def _load(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # One remembered allocation plan per combination of lengths would grow without end.
     options.enable_mem_pattern = False
+    # Its own rewriting of QuantizeLinear and DequantizeLinear fails on FP8 and changes results;
+    # without it quantized weights become numbers once, at load, and not in every step.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no base class of their own

@@ -1,5 +1,7 @@
 """A Hugging Face checkpoint directory, opened lazily: sizes and tensor places, no weights read.
 
+A quantized checkpoint's scales are read, since every one of them must be a number greater than 0.
+
 Only safetensors and JSON are read; nothing is unpickled and no code of the checkpoint is run.
 """
 
@@ -11,20 +13,29 @@ from typing import Any, Self
 from framesink.runtime.arrays import AnyArray
 from framesink.runtime.errors import CheckpointError
 from framesink.runtime.models.config import ModelConfig, parse_config
+from framesink.runtime.models.quantization import (
+    QUANTIZATION_NAME,
+    Quantization,
+    TensorRule,
+    read_quantization,
+    tensor_rules,
+)
 from framesink.runtime.models.safetensors import (
     TensorInfo,
     parse_json_object,
     read_header,
     read_tensor,
 )
-from framesink.runtime.models.weights import Shape, canonical_name, model_weights
+from framesink.runtime.models.weights import canonical_name, model_weights
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_JSON_BYTES = 64_000_000
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-FLOAT_DTYPES = ("float16", "bfloat16", "float32")
+# A scale below or above would be 0 or infinite in float16.
+MIN_SCALE = 2.0**-24
+MAX_SCALE = 65504.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +43,22 @@ class Checkpoint:
     """An opened checkpoint whose weights are all there, with the shapes its config implies.
 
     Tensors go by their canonical names (`framesink.runtime.models.weights`), however the files
-    call them.
+    call them. `quantization` is None for a plain checkpoint.
     """
 
     directory: Path
     config: ModelConfig
     tensors: Mapping[str, TensorInfo]
+    quantization: Quantization | None = None
 
     @classmethod
     def open(cls, directory: Path | str) -> Self:
-        """Read `config.json` and the headers of the safetensors files.
+        """Read `config.json`, the headers of the safetensors files and, if the checkpoint is
+        quantized, its description and scales.
 
-        Raises CheckpointError, in one sentence, for a directory, config or weight file that is
-        missing or damaged, an unknown architecture, and weights that do not fit the config.
+        Raises CheckpointError, in one sentence, for a directory, config, description or weight file
+        that is missing or damaged, an unknown architecture, and weights or scales that do not fit
+        the config and the description.
         """
         directory = Path(directory)
         if not directory.is_dir():
@@ -59,9 +73,17 @@ class Checkpoint:
                     "new one."
                 )
             tensors[canonical] = info
-        for name, shape in model_weights(config).items():
-            _check_weight(directory, name, shape, tensors.get(name))
-        return cls(directory, config, tensors)
+        quantization = read_quantization(directory)
+        required, optional = tensor_rules(config, quantization or Quantization())
+        for name, rule in required.items():
+            _check_tensor(directory, name, rule, tensors.get(name))
+        for name, rule in optional.items():
+            if name in tensors:
+                _check_tensor(directory, name, rule, tensors[name])
+        for name in (required | optional).keys() - model_weights(config).keys():
+            if name in tensors:
+                _check_scales(tensors[name])
+        return cls(directory, config, tensors, quantization)
 
     def names(self) -> list[str]:
         """Canonical names of all tensors."""
@@ -142,18 +164,36 @@ def _read_json(path: Path) -> dict[str, Any]:
     return parse_json_object(data, path)
 
 
-def _check_weight(directory: Path, name: str, shape: Shape, info: TensorInfo | None) -> None:
+def _check_tensor(directory: Path, name: str, rule: TensorRule, info: TensorInfo | None) -> None:
     if info is None:
         raise CheckpointError(
-            f"{directory} has no weight {name}, which its config.json implies with shape "
-            f"{list(shape)}."
+            f"{directory} has no tensor {name}, which its {CONFIG_NAME} or {QUANTIZATION_NAME} "
+            f"implies with shape {list(rule.shapes[0])}."
         )
-    if info.shape != shape:
+    if info.shape not in rule.shapes:
         raise CheckpointError(
-            f"The weight {name} has shape {list(info.shape)}, but config.json implies "
-            f"{list(shape)}."
+            f"The tensor {name} has shape {list(info.shape)}, but {CONFIG_NAME} implies "
+            f"{' or '.join(str(list(shape)) for shape in rule.shapes)}."
         )
-    if info.dtype not in FLOAT_DTYPES:
+    if info.dtype not in rule.dtypes:
         raise CheckpointError(
-            f"The weight {name} is of dtype {info.dtype}; {', '.join(FLOAT_DTYPES)} are supported."
+            f"The tensor {name} is of dtype {info.dtype}, but it must be "
+            f"{' or '.join(rule.dtypes)}{_describe_source(directory)}."
+        )
+
+
+def _describe_source(directory: Path) -> str:
+    if (directory / QUANTIZATION_NAME).exists():
+        return f" by {QUANTIZATION_NAME}"
+    return f", since there is no {QUANTIZATION_NAME} that says it is quantized"
+
+
+def _check_scales(info: TensorInfo) -> None:
+    scales = read_tensor(info)
+    # Not the same as "any below or above": NaN is neither.
+    if not ((scales >= MIN_SCALE) & (scales <= MAX_SCALE)).all():
+        raise CheckpointError(
+            f"The scales {info.name} in {info.file} must be numbers from {MIN_SCALE:.2g} to "
+            f"{MAX_SCALE:g}, which float16 can hold, and some are not; quantize the checkpoint "
+            "again."
         )

@@ -26,6 +26,8 @@ from framesink.runtime.models.weights import (
 
 QUANTIZATION_NAME = "framesink_quant.json"
 INT4_GROUP = 128
+FLOAT_DTYPES = ("float16", "bfloat16", "float32")
+_SCALE = ("float32",)
 _MAX_BYTES = 16_000_000
 
 
@@ -129,42 +131,63 @@ def read_quantization(directory: Path) -> Quantization | None:
     )
 
 
+def tensor_rules(
+    config: ModelConfig, quantization: Quantization
+) -> tuple[dict[str, TensorRule], dict[str, TensorRule]]:
+    """The tensors that a checkpoint must have, and those it may have, by canonical name.
+
+    Raises CheckpointError for a description that does not fit the model.
+    """
+    check_quantization(config, quantization)
+    required = {
+        name: TensorRule((shape,), FLOAT_DTYPES) for name, shape in model_weights(config).items()
+    }
+    required |= cache_tensors(config.text, quantization.cache)
+    optional = optional_cache_tensors(config.text, quantization.cache)
+    shapes = quantizable_linears(config)
+    for name, scheme in quantization.linears.items():
+        if scheme is not LinearScheme.UNQUANTIZED:
+            required |= linear_tensors(name, scheme, shapes[name], quantization.int4_group)
+            optional |= optional_linear_tensors(name, scheme, shapes[name])
+    return required, optional
+
+
 def linear_tensors(
     name: str, scheme: LinearScheme, shape: Shape, int4_group: int = INT4_GROUP
 ) -> dict[str, TensorRule]:
-    """The tensors that hold a quantized linear layer of shape `[out, in]`, bias apart, by name.
-
-    An INT8 layer may have `pre_quant_scale` `[in]` besides (`optional_linear_tensors`).
-    """
+    """The tensors that hold a linear layer of shape `[out, in]`, bias apart, by name."""
     rows, columns = shape
-    weight, scale = f"{name}.weight", f"{name}.weight_scale"
-    per_channel = TensorRule(((rows,),), ("float32",))
-    input_scale = {f"{name}.input_scale": TensorRule(((),), ("float32",))}
+    weight, scale = f"{name}.weight", weight_scale(name)
+    per_row, per_tensor = TensorRule(((rows,),), _SCALE), TensorRule(((),), _SCALE)
     match scheme:
         case LinearScheme.FP8:
             return {
                 weight: TensorRule((shape,), ("float8_e4m3fn",)),
-                scale: TensorRule(((rows,), ()), ("float32",)),
-                **input_scale,
+                scale: TensorRule(((rows,), ()), _SCALE),
+                input_scale(name): per_tensor,
             }
         case LinearScheme.INT8:
-            return {weight: TensorRule((shape,), ("int8",)), scale: per_channel, **input_scale}
+            return {
+                weight: TensorRule((shape,), ("int8",)),
+                scale: per_row,
+                input_scale(name): per_tensor,
+            }
         case LinearScheme.INT8_WEIGHT_ONLY:
-            return {weight: TensorRule((shape,), ("int8",)), scale: per_channel}
+            return {weight: TensorRule((shape,), ("int8",)), scale: per_row}
         case LinearScheme.INT4_WEIGHT_ONLY:
             return {
                 weight: TensorRule(((rows, columns // 2),), ("uint8",)),
-                scale: TensorRule(((rows, columns // int4_group),), ("float32",)),
+                scale: TensorRule(((rows, columns // int4_group),), _SCALE),
             }
         case LinearScheme.UNQUANTIZED:
-            return {weight: TensorRule((shape,), ("float16", "bfloat16", "float32"))}
+            return {weight: TensorRule((shape,), FLOAT_DTYPES)}
 
 
 def optional_linear_tensors(name: str, scheme: LinearScheme, shape: Shape) -> dict[str, TensorRule]:
-    """The tensors that a quantized linear layer of shape `[out, in]` may have or lack."""
+    """The tensors that a linear layer of shape `[out, in]` may have or lack, by name."""
     if scheme is not LinearScheme.INT8:
         return {}
-    return {pre_quant_scale(name): TensorRule(((shape[1],),), ("float32",))}
+    return {pre_quant_scale(name): TensorRule(((shape[1],),), _SCALE)}
 
 
 def cache_tensors(config: TextConfig, scheme: CacheScheme) -> dict[str, TensorRule]:
@@ -174,8 +197,8 @@ def cache_tensors(config: TextConfig, scheme: CacheScheme) -> dict[str, TensorRu
     heads = config.num_key_value_heads
     rules: dict[str, TensorRule] = {}
     for index in range(config.num_hidden_layers):
-        rules[k_channel_scale(index)] = TensorRule(((heads * config.head_dim,),), ("float32",))
-        rules[v_head_scale(index)] = TensorRule(((heads,),), ("float32",))
+        rules[k_channel_scale(index)] = TensorRule(((heads * config.head_dim,),), _SCALE)
+        rules[v_head_scale(index)] = TensorRule(((heads,),), _SCALE)
     return rules
 
 
@@ -185,9 +208,20 @@ def optional_cache_tensors(config: TextConfig, scheme: CacheScheme) -> dict[str,
         return {}
     pairs = config.num_key_value_heads * config.head_dim // 2
     return {
-        k_pair_scale(index): TensorRule(((pairs,),), ("float32",))
+        k_pair_scale(index): TensorRule(((pairs,),), _SCALE)
         for index in range(config.num_hidden_layers)
     }
+
+
+def weight_scale(linear: str) -> str:
+    """Name of a layer's weight scales, float32 `[out]`, `[]` (FP8 alone) or, in INT4,
+    `[out, in/group]`."""
+    return f"{linear}.weight_scale"
+
+
+def input_scale(linear: str) -> str:
+    """Name of the scale of a layer's input, float32 `[]`."""
+    return f"{linear}.input_scale"
 
 
 def pre_quant_scale(linear: str) -> str:
