@@ -30,7 +30,7 @@ STREAMING = {
 
 
 def model_config(tokenizer: Tokenizer) -> Qwen2_5_VLConfig:
-    """Qwen2.5-VL's architecture at 7.6 million parameters."""
+    """Qwen2.5-VL's architecture at 7.8 million parameters."""
     hidden = 256
     end = tokenizer.special("<|im_end|>")
     pad = tokenizer.special("<|endoftext|>")
