@@ -1,4 +1,4 @@
-"""The small files of a checkpoint that a bundle needs: tokenizer, preprocessing, streaming."""
+"""What the small files of a checkpoint say: preprocessing and streaming."""
 
 import json
 from pathlib import Path
@@ -8,26 +8,11 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, Validati
 
 from framesink.runtime.errors import CheckpointError
 from framesink.runtime.manifest import StreamingDefaults
+from framesink.runtime.models.companion_files import PREPROCESSOR_NAME, STREAMING_NAME
+from framesink.runtime.models.companion_files import companion_files as companion_files
 from framesink.runtime.models.config import VisionConfig
 from framesink.runtime.preprocess import PreprocessConfig
 
-PREPROCESSOR_NAME = "preprocessor_config.json"
-STREAMING_NAME = "streaming_config.json"
-REQUIRED_FILES = ("config.json", "tokenizer.json")
-OPTIONAL_FILES = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    PREPROCESSOR_NAME,
-    "video_preprocessor_config.json",
-    STREAMING_NAME,
-    "LICENSE",
-)
 _MAX_JSON_BYTES = 16_000_000
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -62,15 +47,6 @@ class _PreprocessorFile(BaseModel):
     size: dict[str, Any] | None = None
     image_mean: tuple[float, float, float] | None = None
     image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
-
-
-def companion_files(directory: Path) -> list[Path]:
-    """The files to copy into a bundle. Raises CheckpointError if a required one is missing."""
-    for name in REQUIRED_FILES:
-        if not (directory / name).is_file():
-            raise CheckpointError(f"{directory} holds no {name}; copy the model's own there.")
-    names = (*REQUIRED_FILES, *OPTIONAL_FILES)
-    return [directory / name for name in names if (directory / name).is_file()]
 
 
 def read_streaming_config(directory: Path) -> StreamingConfig:
