@@ -13,57 +13,58 @@ import onnx_ir
 from framesink.build.graphs.language_model import author_language_model
 from framesink.build.graphs.layers import external_weights
 from framesink.build.graphs.vision_encoder import author_vision_encoder
+from framesink.build.precision import part_of
 from framesink.build.weights import write_weights
 from framesink.runtime.bundle import hash_file
 from framesink.runtime.manifest import (
     MANIFEST_NAME,
-    CachePrecision,
     ComputeType,
     FileRecord,
     GraphSpec,
     Manifest,
     PartName,
-    Precision,
     TensorSpec,
 )
 from framesink.runtime.models.checkpoint import Checkpoint
+from framesink.runtime.models.quantization import FLOAT_DTYPES, Quantization, tensor_rules
 from framesink.runtime.models.safetensors import read_header
-from framesink.runtime.models.weights import language_model_weights, vision_encoder_weights
 
 WEIGHTS_NAME = "weights.safetensors"
 PLANS_DIRECTORY = "plans"
-PRECISIONS: Mapping[ComputeType, Precision] = {"float16": "fp16", "bfloat16": "bf16"}
-CACHE_PRECISIONS: Mapping[ComputeType, CachePrecision] = {"float16": "fp16", "bfloat16": "bf16"}
 _PACKAGES = ("framesink", "onnx-ir", "onnxscript", "onnxruntime")
-PART_NAMES: tuple[PartName, ...] = ("vision_encoder", "language_model")
 
 
 @dataclass(slots=True)
 class BundleWriter:
     """Fills a directory with a bundle's files and remembers their sizes and hashes.
 
-    `compiled_types` is each part's compute type in its TensorRT plan; weights are stored in it.
-    `executed_types` is what ONNX Runtime computes each part in.
+    `checkpoint` holds what `quantization` says. `compiled_types` is each part's compute type in
+    its TensorRT plan; weights that are not quantized are stored in it. `executed_types` is what
+    ONNX Runtime computes each part in.
     """
 
     directory: Path
     checkpoint: Checkpoint
+    quantization: Quantization
     compiled_types: Mapping[PartName, ComputeType]
     executed_types: Mapping[PartName, ComputeType]
     page_size: int
     files: dict[str, FileRecord] = field(default_factory=dict)
 
     def write_weights(self, on_progress: Callable[[float], None]) -> None:
-        """Convert the checkpoint's tensors into the bundle's weights file.
+        """Write the bundle's weights file: quantized tensors and scales as they are, the others
+        converted.
 
         Raises BuildError as `framesink.build.weights.write_weights` does.
         """
-        config = self.checkpoint.config
-        names = {
-            "vision_encoder": vision_encoder_weights(config.vision),
-            "language_model": language_model_weights(config.text),
+        required, optional = tensor_rules(self.checkpoint.config, self.quantization)
+        present = {name: rule for name, rule in optional.items() if name in self.checkpoint.tensors}
+        types: dict[str, str] = {
+            name: self.compiled_types[part_of(name)]
+            if rule.dtypes == FLOAT_DTYPES
+            else self.checkpoint.info(name).dtype
+            for name, rule in {**required, **present}.items()
         }
-        types = {name: self.compiled_types[part] for part in PART_NAMES for name in names[part]}
         self.files[WEIGHTS_NAME] = write_weights(
             self.checkpoint, types, self.directory / WEIGHTS_NAME, on_progress
         )
@@ -87,9 +88,12 @@ class BundleWriter:
                 compute_type=compute_type,
                 page_size=self.page_size,
                 cache_type=compute_type,
+                quantization=self.quantization,
             )
         else:
-            model = author_vision_encoder(config, weights, compute_type=compute_type)
+            model = author_vision_encoder(
+                config, weights, compute_type=compute_type, quantization=self.quantization
+            )
         onnx_ir.save(model, self.directory / name)
         self.record(name)
         return GraphSpec(

@@ -5,12 +5,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from framesink.runtime.errors import CapacityError
-from framesink.runtime.manifest import PartName
+from framesink.runtime.manifest import PART_NAMES, PartName
 from framesink.runtime.models.config import ModelConfig
+from framesink.runtime.models.quantization import (
+    LinearScheme,
+    Quantization,
+    linear_tensors,
+    quantizable_linears,
+)
+from framesink.runtime.models.safetensors_writer import numpy_type
 from framesink.runtime.models.weights import (
     EMBEDDING,
     Shape,
     language_model_weights,
+    model_weights,
     output_projection,
     vision_encoder_weights,
 )
@@ -26,17 +34,27 @@ COMPILER_BYTES_PER_WEIGHT_BYTE = 2.0
 PROCESS_BASE_BYTES = 250_000_000
 # A weight in float32 while it is observed: the matrix itself and its transposed or squared copy.
 OBSERVED_COPIES = 2
+# torch and its libraries; up to this many bytes it keeps weights in float32, of a larger model only
+# the one in use (calibration/torch_weights.py).
+TORCH_BASE_BYTES = 700_000_000
+TORCH_KEPT_BYTES = 2_000_000_000
+# A weight in float32, scaled, and as codes while it is quantized.
+QUANTIZING_COPIES = 3
+# What ONNX Runtime unpacks of unquantized weights when it loads a graph.
+EXECUTED_COPIES = 2
 OBSERVED_TOKENS = 1024
 ACTIVATION_COPIES = 6
 
 
 @dataclass(frozen=True, slots=True)
 class StageEstimate:
-    """One stage of a build: its peak memory, and what it leaves on disk, in bytes."""
+    """One stage of a build: its peak memory, and what it adds on disk, in bytes; and the option
+    that leaves it out, if one does."""
 
     name: str
     memory: int
     disk: int
+    without: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,69 +70,132 @@ class BuildEstimate:
 
     @property
     def disk(self) -> int:
-        """Bytes of the finished bundle."""
+        """Bytes on disk at the end, those of a quantized checkpoint written on the way included."""
         return sum(stage.disk for stage in self.stages)
 
     def check(self, *, available_memory: int, free_disk: int) -> None:
         """Raises CapacityError, with the figures, if the machine cannot carry the build."""
         largest = max(self.stages, key=lambda stage: stage.memory)
         if largest.memory > available_memory:
+            remedy = "use a machine with more" + (f", or {largest.without}" * bool(largest.without))
             raise CapacityError(
                 f"The build needs about {_gigabytes(largest.memory)} of memory (stage: "
-                f"{largest.name}) and {_gigabytes(available_memory)} are available; use a machine "
-                "with more, or --no-plans."
+                f"{largest.name}) and {_gigabytes(available_memory)} are available; {remedy}."
             )
         if self.disk > free_disk:
             raise CapacityError(
-                f"The bundle needs about {_gigabytes(self.disk)} of disk and "
+                f"The build needs about {_gigabytes(self.disk)} of disk and "
                 f"{_gigabytes(free_disk)} are free; make room, or write it elsewhere."
             )
 
 
-def estimate_build(config: ModelConfig, *, observe: bool, plans: bool) -> BuildEstimate:
-    """Estimate each stage of a 16-bit build of a model of these sizes.
+def estimate_build(
+    config: ModelConfig,
+    *,
+    observe: bool,
+    plans: bool,
+    quantization: Quantization | None = None,
+    calibrate: bool = False,
+    gate: bool = False,
+) -> BuildEstimate:
+    """Estimate each stage of the build of a model of these sizes.
 
-    `observe` and `plans` say whether activations are observed and plans compiled.
+    `observe` and `plans` say whether activations are observed and plans compiled, `calibrate`
+    whether the checkpoint has to be quantized first, `gate` whether the bundle is compared.
     """
-    language, vision = language_model_weights(config.text), vision_encoder_weights(config.vision)
-    weights = HALF_BYTES * (_elements(language) + _elements(vision))
+    quantization = quantization or Quantization()
+    weights = weight_bytes(config, model_weights(config), quantization)
     stages = []
     if observe:
         stages.append(StageEstimate("observe activations", _observation_memory(config), 0))
+    if calibrate:
+        stages.append(StageEstimate("calibrate", _torch_memory(config), 0))
+        stages.append(StageEstimate("quantize", _quantizing_memory(config), weights))
     stages.append(StageEstimate("write weights", PROCESS_BASE_BYTES, weights))
     stages.append(StageEstimate("author graphs", 2 * PROCESS_BASE_BYTES, 0))
+    if gate:
+        memory = _gate_memory(config, quantization)
+        stages.append(StageEstimate("quality gate", memory, 0, "--no-gate"))
     if plans:
-        for part, size in compiled_bytes(config).items():
+        for part, size in compiled_bytes(config, quantization).items():
             memory = COMPILER_BASE_BYTES + int(COMPILER_BYTES_PER_WEIGHT_BYTE * size)
-            stages.append(StageEstimate(f"compile {part}", memory + PROCESS_BASE_BYTES, size))
+            stages.append(
+                StageEstimate(f"compile {part}", memory + PROCESS_BASE_BYTES, size, "--no-plans")
+            )
     return BuildEstimate(tuple(stages))
 
 
-def compiled_bytes(config: ModelConfig) -> dict[PartName, int]:
-    """Bytes of the 16-bit weights inside each part's graph."""
-    language = language_model_weights(config.text)
-    inside = {
-        name: shape
-        for name, shape in language.items()
-        if name != EMBEDDING or output_projection(config.text) == EMBEDDING
-    }
+def compiled_bytes(
+    config: ModelConfig, quantization: Quantization | None = None
+) -> dict[PartName, int]:
+    """Bytes of the weights inside each part's graph, those of 16 bits where none is quantized."""
+    quantization = quantization or Quantization()
     return {
-        "vision_encoder": HALF_BYTES * _elements(vision_encoder_weights(config.vision)),
-        "language_model": HALF_BYTES * _elements(inside),
+        part: weight_bytes(config, _graph_shapes(config, part), quantization) for part in PART_NAMES
     }
+
+
+def graph_weights(config: ModelConfig, part: PartName) -> int:
+    """How many weights are inside a part's graph."""
+    return _elements(_graph_shapes(config, part))
+
+
+def _graph_shapes(config: ModelConfig, part: PartName) -> dict[str, Shape]:
+    """The weights inside a part's graph: tokens are embedded outside of it."""
+    if part == "vision_encoder":
+        return vision_encoder_weights(config.vision)
+    shapes = language_model_weights(config.text)
+    if output_projection(config.text) != EMBEDDING:
+        del shapes[EMBEDDING]
+    return shapes
+
+
+def weight_bytes(
+    config: ModelConfig, shapes: Mapping[str, Shape], quantization: Quantization
+) -> int:
+    """Bytes of some weights as they are stored: codes and scales where they are quantized, two
+    bytes each where they are not."""
+    linears = {f"{name}.weight": name for name in quantizable_linears(config)}
+    total = 0
+    for name, shape in shapes.items():
+        scheme = quantization.scheme(linears.get(name, ""))
+        if scheme is LinearScheme.UNQUANTIZED:
+            total += HALF_BYTES * math.prod(shape)
+            continue
+        for rule in linear_tensors(linears[name], scheme, shape, quantization.int4_group).values():
+            total += math.prod(rule.shapes[0]) * numpy_type(rule.dtypes[0]).itemsize
+    return total
 
 
 def _observation_memory(config: ModelConfig) -> int:
-    shapes = {
-        **language_model_weights(config.text),
-        **vision_encoder_weights(config.vision),
-    }
+    shapes = model_weights(config)
     for name in (EMBEDDING, output_projection(config.text)):
         shapes.pop(name, None)  # read by rows and in blocks
     largest = max(math.prod(shape) for shape in shapes.values())
+    return PROCESS_BASE_BYTES + FLOAT_BYTES * OBSERVED_COPIES * largest + _activation_bytes(config)
+
+
+def _torch_memory(config: ModelConfig) -> int:
+    shapes = model_weights(config)
+    whole = FLOAT_BYTES * _elements(shapes)
+    largest = FLOAT_BYTES * max(math.prod(shape) for shape in shapes.values())
+    kept = whole if whole <= TORCH_KEPT_BYTES else largest
+    return TORCH_BASE_BYTES + kept + _activation_bytes(config)
+
+
+def _quantizing_memory(config: ModelConfig) -> int:
+    largest = max(math.prod(shape) for shape in quantizable_linears(config).values())
+    return TORCH_BASE_BYTES + FLOAT_BYTES * QUANTIZING_COPIES * largest
+
+
+def _gate_memory(config: ModelConfig, quantization: Quantization) -> int:
+    executed = sum(compiled_bytes(config, quantization).values())
+    return _torch_memory(config) + EXECUTED_COPIES * executed
+
+
+def _activation_bytes(config: ModelConfig) -> int:
     widest = max(config.text.intermediate_size, config.vision.intermediate_size)
-    activations = ACTIVATION_COPIES * OBSERVED_TOKENS * widest
-    return PROCESS_BASE_BYTES + FLOAT_BYTES * (OBSERVED_COPIES * largest + activations)
+    return FLOAT_BYTES * ACTIVATION_COPIES * OBSERVED_TOKENS * widest
 
 
 def _elements(shapes: Mapping[str, Shape]) -> int:

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from framesink.runtime.errors import BuildError
-from framesink.runtime.manifest import ComputeType, Precision
+from framesink.build.gate import QualityGate
+from framesink.calibration.recipe import CachePrecision, LinearPrecision
+from framesink.runtime.manifest import ComputeType
 
 DEFAULT_PAGE_SIZE = 16
 DEFAULT_MAX_STREAMS = 8
@@ -13,23 +14,35 @@ DEFAULT_MAX_CONTEXT = 16_384
 DEFAULT_MAX_PREFILL = 1024
 CALIBRATION_CHUNKS = 2
 
+ObserverName = Literal["absmax", "percentile", "mse"]
+
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
     """One build.
 
-    `precision` and `vision_precision` are those of the two parts (None: as `precision`);
+    `precision` is that of the language model (None: fp16, or what a quantized checkpoint has),
+    `vision_precision` that of the vision encoder (None: as `precision`), `kv_precision` that of the
+    K/V pages. `recipe` is a file that says more exactly what is quantized; `observer` how ranges
+    of activations are chosen. `gate` is what the bundle must reach (None: what every quantized
+    bundle must) against `gate_checkpoint` (None: `checkpoint`); without `judge` nothing is
+    measured.
+
     `targets` are SM names or `current` (empty: what the builder does by default). `executed_type`
     is what ONNX Runtime computes in (None: chosen by size). `max_patches` None means one chunk of
-    the largest frames, `max_prefill` None 1024 tokens or
-    the whole context where that is shorter.
+    the largest frames, `max_prefill` None 1024 tokens or the whole context where that is shorter.
     """
 
     checkpoint: Path
     output: Path
-    precision: Precision = "fp16"
-    vision_precision: Precision | None = None
-    kv_precision: Literal["fp16", "int8", "fp8"] = "fp16"
+    precision: LinearPrecision | None = None
+    vision_precision: LinearPrecision | None = None
+    kv_precision: CachePrecision | None = None
+    recipe: Path | None = None
+    observer: ObserverName | None = None
+    gate: QualityGate | None = None
+    gate_checkpoint: Path | None = None
+    judge: bool = True
     targets: tuple[str, ...] = ()
     plans: bool = True
     force: bool = False
@@ -41,15 +54,8 @@ class BuildOptions:
     max_prefill: int | None = None
     max_patches: int | None = None
 
-    def check_precisions(self) -> None:
-        """Raises BuildError for a precision that this version does not build."""
-        for option, value in (
-            ("--precision", self.precision),
-            ("--vision-precision", self.vision_precision),
-            ("--kv-precision", self.kv_precision),
-        ):
-            if value in ("fp8", "int8"):
-                raise BuildError(
-                    f"{option} {value} is not available in this version, which builds fp16 (bf16 "
-                    "where fp16 would overflow)."
-                )
+    @property
+    def quantizes(self) -> bool:
+        """Whether a 16-bit checkpoint has to be quantized for this build."""
+        asked = (self.precision, self.vision_precision, self.kv_precision)
+        return self.recipe is not None or any(value not in (None, "fp16") for value in asked)

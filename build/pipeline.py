@@ -1,4 +1,4 @@
-"""The whole of `build-engines`: observe, convert, author, compile, bundle."""
+"""The whole of `build-engines`: observe, quantize, convert, author, judge, compile, bundle."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -7,38 +7,32 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from framesink.build.bundle_writer import (
-    CACHE_PRECISIONS,
-    PART_NAMES,
-    PRECISIONS,
-    WEIGHTS_NAME,
-    BundleWriter,
-    tool_versions,
-)
-from framesink.build.checkpoint_files import (
-    StreamingConfig,
-    companion_files,
-    read_preprocess_config,
-    read_streaming_config,
-)
+from framesink.build.bundle_writer import WEIGHTS_NAME, BundleWriter, tool_versions
 from framesink.build.estimate import compiled_bytes, estimate_build
+from framesink.build.gate import VERIFICATION_NAME, QualityGate
 from framesink.build.host import available_memory, free_disk
 from framesink.build.limits import choose_limits
 from framesink.build.memory import PeakMemory
-from framesink.build.options import CALIBRATION_CHUNKS, BuildOptions
-from framesink.build.plans.builder import PlanBuilder, choose_builder
-from framesink.build.plans.jobs import CompileJob
-from framesink.build.plans.messages import BuilderMessage
-from framesink.build.plans.process import compile_in_process
-from framesink.build.plans.profiles import language_model_profiles, vision_profiles
+from framesink.build.options import BuildOptions
+from framesink.build.plans.builder import PlanBuilder, choose_builder, default_targets
+from framesink.build.plans.part import PartCompiler
+from framesink.build.precision import (
+    cache_precision,
+    computes_in_fp8,
+    linear_schemes,
+    part_precision,
+)
+from framesink.build.quality import measure_quality
+from framesink.build.quantization_plan import QuantizationPlan, plan_quantization
 from framesink.build.reporter import BuildSummary, Reporter, StageResult
+from framesink.build.source import BuildInput, observe, read_build_input
 from framesink.build.staging import check_output, staged_directory
-from framesink.calibration.activation_range import observe_activations
 from framesink.calibration.fingerprint import checkpoint_fingerprint
 from framesink.calibration.ranges import FLOAT16_MAX, RANGES_NAME, ActivationRanges
-from framesink.calibration.samples import sample_chunks
-from framesink.runtime.errors import BuildError, CheckpointError
+from framesink.runtime.bundle import Bundle
+from framesink.runtime.errors import BuildError
 from framesink.runtime.manifest import (
+    PART_NAMES,
     ComputeType,
     GraphSpec,
     Limits,
@@ -47,67 +41,11 @@ from framesink.runtime.manifest import (
     PartSpec,
     PlanSpec,
 )
-from framesink.runtime.models.checkpoint import Checkpoint
 from framesink.runtime.models.weights import EMBEDDING
-from framesink.runtime.preprocess import PreprocessConfig
-from framesink.runtime.protocol import ChatProtocol
-from framesink.runtime.tokenizer import Tokenizer
 
 # Up to this many bytes of 16-bit weights ONNX Runtime computes in float32: it is faster on a CPU,
 # but takes the weights' size twice over in memory.
 FLOAT32_WEIGHT_LIMIT = 2_000_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class BuildInput:
-    """All that is read of a checkpoint before work begins."""
-
-    checkpoint: Checkpoint
-    companions: list[Path]
-    streaming: StreamingConfig
-    preprocess: PreprocessConfig
-    protocol: ChatProtocol
-
-
-def read_build_input(directory: Path) -> BuildInput:
-    """Open a checkpoint with everything a build needs of it.
-
-    Raises CheckpointError for anything that is missing, damaged, or does not fit together.
-    """
-    checkpoint = Checkpoint.open(directory)
-    companions = companion_files(directory)
-    streaming = read_streaming_config(directory)
-    preprocess = read_preprocess_config(directory, streaming, checkpoint.config.vision)
-    tokenizer = Tokenizer.from_directory(directory)
-    protocol = ChatProtocol(tokenizer, streaming.system_prompt)
-    if tokenizer.vocabulary_size > checkpoint.config.text.vocab_size:
-        raise CheckpointError(
-            f"The tokenizer of {directory} has {tokenizer.vocabulary_size} tokens, but config.json "
-            f"has embeddings for {checkpoint.config.text.vocab_size}."
-        )
-    if protocol.video_pad != checkpoint.config.video_token_id:
-        raise CheckpointError(
-            f"In the tokenizer of {directory} <|video_pad|> is {protocol.video_pad}, but "
-            f"config.json has video_token_id {checkpoint.config.video_token_id}."
-        )
-    return BuildInput(checkpoint, companions, streaming, preprocess, protocol)
-
-
-def observe(source: BuildInput, videos: tuple[Path, ...], reporter: Reporter) -> ActivationRanges:
-    """Activation ranges of a checkpoint, on the given videos or a generated scene."""
-    seconds = source.streaming.chunk_seconds
-    chunks = sample_chunks(
-        videos, source.preprocess, chunk_seconds=seconds, count=CALIBRATION_CHUNKS
-    )
-    return observe_activations(
-        source.checkpoint,
-        source.protocol,
-        source.preprocess,
-        chunks,
-        chunk_seconds=seconds,
-        source=", ".join(video.name for video in videos) or "generated scene",
-        on_progress=reporter.progress,
-    )
 
 
 def build_bundle(options: BuildOptions, reporter: Reporter) -> BuildSummary:
@@ -116,13 +54,28 @@ def build_bundle(options: BuildOptions, reporter: Reporter) -> BuildSummary:
     Raises CheckpointError for bad input, CapacityError if the machine is too small, VideoError for
     calibration video that cannot be read, and BuildError for all else.
     """
-    options.check_precisions()
     check_output(options.output, force=options.force)
-    builder, targets = choose_builder(options.targets) if options.plans else (None, ())
     source = read_build_input(options.checkpoint)
     config = source.checkpoint.config
+    wanted = plan_quantization(options, source)
+    builder: PlanBuilder | None = None
+    targets: tuple[str, ...] = ()
+    if options.plans:
+        builder, targets = choose_builder(options.targets, fp8=computes_in_fp8(wanted.quantization))
+    if wanted.recipe is not None:
+        raise BuildError(
+            f"{options.checkpoint} is a 16-bit checkpoint, and this version builds quantized "
+            "engines from quantized checkpoints alone."
+        )
     limits = choose_limits(options, config, source.preprocess, source.streaming)
-    estimate = estimate_build(config, observe=True, plans=options.plans)
+    estimate = estimate_build(
+        config,
+        observe=True,
+        plans=options.plans,
+        quantization=wanted.quantization,
+        calibrate=wanted.recipe is not None,
+        gate=wanted.gate is not None,
+    )
     memory, disk = available_memory(), free_disk(options.output)
     estimate.check(available_memory=memory, free_disk=disk)
     reporter.note(
@@ -130,7 +83,7 @@ def build_bundle(options: BuildOptions, reporter: Reporter) -> BuildSummary:
         f"disk; {memory / 1e9:.1f} GB and {disk / 1e9:.1f} GB are there."
     )
     with staged_directory(options.output) as directory:
-        build = _Build(options, source, limits, directory, reporter)
+        build = _Build(options, source, wanted, limits, directory, reporter)
         try:
             return build.run(builder, targets)
         except OSError as error:
@@ -145,6 +98,7 @@ class _Build:
 
     options: BuildOptions
     source: BuildInput
+    wanted: QuantizationPlan
     limits: Limits
     directory: Path
     reporter: Reporter
@@ -152,12 +106,14 @@ class _Build:
     notes: list[str] = field(default_factory=list)
 
     def run(self, builder: PlanBuilder | None, targets: tuple[str, ...]) -> BuildSummary:
+        self.notes += self.wanted.notes
         with self._stage("observe activations"):
             ranges = self._activation_ranges()
         compiled_types = self._compute_types(ranges)
         writer = BundleWriter(
             directory=self.directory,
             checkpoint=self.source.checkpoint,
+            quantization=self.wanted.quantization,
             compiled_types=compiled_types,
             executed_types=self._executed_types(compiled_types),
             page_size=self.options.page_size,
@@ -170,14 +126,18 @@ class _Build:
             ranges.write(self.directory)
             writer.record(RANGES_NAME)
         plans: dict[PartName, tuple[PlanSpec, ...]] = dict.fromkeys(PART_NAMES, ())
+        if self.wanted.gate is not None:
+            with self._stage("quality gate"):
+                self._judge(self._manifest(writer, graphs, plans, builder), self.wanted.gate)
+            writer.record(VERIFICATION_NAME)
         if builder is None:
             self.notes.append(
                 "No TensorRT plans were compiled (--no-plans): this bundle runs on ONNX "
                 "Runtime alone."
             )
         else:
-            for part in PART_NAMES:
-                plans[part] = (self._compile(writer, part, graphs[part][1], builder, targets),)
+            self._note_targets(builder, targets)
+            plans = self._compile(writer, graphs, builder, targets)
         manifest = self._manifest(writer, graphs, plans, builder)
         writer.write_manifest(manifest)
         return BuildSummary(self.options.output, manifest, tuple(self.stages), tuple(self.notes))
@@ -224,50 +184,51 @@ class _Build:
             for part, compute_type in compiled.items()
         }
 
+    def _judge(self, manifest: Manifest, gate: QualityGate) -> None:
+        """Measure the bundle as far as it is written; what was measured goes into it."""
+        bundle = Bundle(self.directory, manifest)
+        measured = measure_quality(
+            bundle,
+            self.options.gate_checkpoint or self.options.checkpoint,
+            self.options.calibration_videos,
+            on_progress=self.reporter.progress,
+        )
+        measured.check(gate)
+        measured.model_copy(update={"gate": str(gate)}).write(self.directory)
+
+    def _note_targets(self, builder: PlanBuilder, targets: tuple[str, ...]) -> None:
+        """Say which of the architectures meant by default lack what the bundle needs."""
+        left_out = [name for name in default_targets(builder) if name not in targets]
+        if left_out and not self.options.targets:
+            self.notes.append(
+                f"Compiled for {', '.join(targets)}; {', '.join(left_out)} were left out, which "
+                "lack FP8."
+            )
+
     def _compile(
         self,
         writer: BundleWriter,
-        part: PartName,
-        graph: GraphSpec,
+        graphs: Mapping[PartName, tuple[GraphSpec, GraphSpec]],
         builder: PlanBuilder,
         targets: tuple[str, ...],
-    ) -> PlanSpec:
-        name = f"compile {part}"
-        self.reporter.stage(name)
-        path = writer.plan_path(part, targets)
-        config = self.source.checkpoint.config
-        profiles = (
-            language_model_profiles(graph.inputs, self.limits, self.options.page_size)
-            if part == "language_model"
-            else vision_profiles(graph.inputs, self.limits, config.vision, self.source.preprocess)
+    ) -> dict[PartName, tuple[PlanSpec, ...]]:
+        compiler = PartCompiler(
+            self.directory,
+            builder,
+            targets,
+            self.limits,
+            self.options.page_size,
+            self.source.checkpoint.config,
+            self.source.preprocess,
         )
-
-        def log(message: BuilderMessage) -> None:
-            self.reporter.log(f"{builder.name} {message.severity}: {message.text}")
-
-        result, peak_memory = compile_in_process(
-            CompileJob(
-                graph=self.directory / graph.path,
-                plan=self.directory / path,
-                builder=builder.name,
-                targets=targets,
-                profiles=profiles,
-            ),
-            on_progress=self.reporter.progress,
-            on_message=log,
-        )
-        writer.record(path)
-        self.stages.append(StageResult(name, result.seconds, peak_memory))
-        return PlanSpec(
-            path=path,
-            builder=builder.name,
-            builder_version=result.builder_version,
-            targets=targets,
-            compute_type=graph.compute_type,
-            inputs=result.inputs,
-            outputs=result.outputs,
-            profiles=profiles,
-        )
+        plans: dict[PartName, tuple[PlanSpec, ...]] = {}
+        for part in PART_NAMES:
+            path = writer.plan_path(part, targets)
+            plan, stage = compiler.compile(part, graphs[part][1], path, self.reporter)
+            writer.record(path)
+            self.stages.append(stage)
+            plans[part] = (plan,)
+        return plans
 
     def _manifest(
         self,
@@ -276,9 +237,11 @@ class _Build:
         plans: Mapping[PartName, tuple[PlanSpec, ...]],
         builder: PlanBuilder | None,
     ) -> Manifest:
+        config, quantization = self.source.checkpoint.config, self.wanted.quantization
         parts = {
             part: PartSpec(
-                precision=PRECISIONS[writer.compiled_types[part]],
+                precision=part_precision(config, quantization, part, writer.compiled_types[part]),
+                linears=linear_schemes(config, quantization, part),
                 executed=graphs[part][0],
                 compiled=graphs[part][1],
                 plans=plans[part],
@@ -290,10 +253,10 @@ class _Build:
             framesink_version=versions["framesink"],
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             model_name=self.options.checkpoint.resolve().name,
-            model=self.source.checkpoint.config,
+            model=config,
             preprocess=self.source.preprocess,
             page_size=self.options.page_size,
-            cache_precision=CACHE_PRECISIONS[writer.compiled_types["language_model"]],
+            cache_precision=cache_precision(quantization, writer.compiled_types["language_model"]),
             limits=self.limits,
             streaming=self.source.streaming.defaults,
             language_model=parts["language_model"],
@@ -302,5 +265,6 @@ class _Build:
             weights=(WEIGHTS_NAME,),
             versions=versions,
             activation_ranges=RANGES_NAME,
+            verification=VERIFICATION_NAME if VERIFICATION_NAME in writer.files else None,
             files=writer.files,
         )

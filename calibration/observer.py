@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from framesink.calibration.dequantized import read_weight
 from framesink.calibration.ranges import LayerRange, PartRanges
 from framesink.runtime.arrays import Float32Array
 from framesink.runtime.errors import CheckpointError
@@ -53,7 +54,7 @@ class ObservedLayer:
 
     def weight(self, name: str) -> Float32Array:
         """One of the layer's weights in float32."""
-        weight = np.asarray(self.checkpoint.read(f"{self.name}.{name}")).astype(np.float32)
+        weight = read_weight(self.checkpoint, f"{self.name}.{name}")
         self.record(name, weight)
         return weight
 

@@ -5,6 +5,7 @@ Source: `transformers` `models/qwen2_5_vl/modeling_qwen2_5_vl.py` (`Qwen2_5_VLTe
 
 import numpy as np
 
+from framesink.calibration.dequantized import read_weight
 from framesink.calibration.layers import attention, rotate, silu
 from framesink.calibration.observer import ObservedLayer, RangeObserver
 from framesink.runtime.arrays import Float32Array, Int32Array
@@ -73,10 +74,10 @@ def _project_to_vocabulary(
     checkpoint: Checkpoint, final: Float32Array, observer: RangeObserver
 ) -> Float32Array:
     """Logits `[vocab]`, block by block: in float32 the matrix can take gigabytes."""
-    matrix = checkpoint.read(output_projection(checkpoint.config.text))
+    name = output_projection(checkpoint.config.text)
     logits = []
-    for start in range(0, len(matrix), _VOCABULARY_BLOCK):
-        block = np.asarray(matrix[start : start + _VOCABULARY_BLOCK]).astype(np.float32)
+    for start in range(0, checkpoint.config.text.vocab_size, _VOCABULARY_BLOCK):
+        block = read_weight(checkpoint, name, slice(start, start + _VOCABULARY_BLOCK))
         observer.record("lm_head", "weight", block)
         logits.append(block @ final)
         observer.record("lm_head", "output", logits[-1])

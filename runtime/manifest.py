@@ -6,15 +6,17 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
 
 from framesink.runtime.models.config import ModelConfig
+from framesink.runtime.models.quantization import LinearScheme
 from framesink.runtime.preprocess import PreprocessConfig
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
 ComputeType = Literal["float16", "bfloat16", "float32"]
-Precision = Literal["fp16", "bf16", "fp8", "int8"]
+Precision = Literal["fp16", "bf16", "fp8", "int8", "int8-weight-only", "int4-weight-only"]
 CachePrecision = Literal["fp16", "bf16", "fp32", "fp8", "int8"]
 PartName = Literal["language_model", "vision_encoder"]
+PART_NAMES: tuple[PartName, ...] = ("vision_encoder", "language_model")
 
 
 def _stay_inside(name: str) -> str:
@@ -69,6 +71,12 @@ class GraphSpec(_Model):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
+    @property
+    def page_type(self) -> str | None:
+        """The type of its K/V pages; None for a graph that has none."""
+        types = {value.dtype for value in self.inputs if "_pages." in value.name}
+        return ", ".join(sorted(types)) or None
+
 
 class PlanSpec(_Model):
     """A TensorRT plan of a part. A plan cannot be inspected without a GPU, so all that a loader
@@ -85,9 +93,13 @@ class PlanSpec(_Model):
 
 
 class PartSpec(_Model):
-    """One model part: the graph ONNX Runtime executes, the graph the plans were compiled from."""
+    """One model part: the graph ONNX Runtime executes, the graph the plans were compiled from.
+
+    `precision` is that of most of its linear layers; `linears` counts them all by scheme.
+    """
 
     precision: Precision
+    linears: dict[LinearScheme, PositiveInt] = Field(default_factory=dict)
     executed: GraphSpec
     compiled: GraphSpec
     plans: tuple[PlanSpec, ...]
@@ -145,17 +157,24 @@ class Manifest(_Model):
     weights: tuple[BundlePath, ...]
     versions: dict[str, str]
     activation_ranges: BundlePath | None = None
+    verification: BundlePath | None = None
     files: dict[BundlePath, FileRecord]
 
     def part(self, name: PartName) -> PartSpec:
         """A model part by its name."""
         return self.language_model if name == "language_model" else self.vision_encoder
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights or K/V pages are of less than 16 bits."""
+        whole = ("fp16", "bf16")
+        precisions = (self.language_model.precision, self.vision_encoder.precision)
+        return any(name not in whole for name in (*precisions, self.cache_precision))
+
     def named_files(self) -> set[str]:
         """Every file that some field of the manifest points to."""
-        names = {*self.weights}
-        if self.activation_ranges is not None:
-            names.add(self.activation_ranges)
+        optional = (self.activation_ranges, self.verification)
+        names = {*self.weights, *(name for name in optional if name is not None)}
         for part in (self.language_model, self.vision_encoder):
             names |= {part.executed.path, part.compiled.path, *(plan.path for plan in part.plans)}
         return names

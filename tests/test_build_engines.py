@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from framesink.build.checkpoint_files import StreamingConfig, read_preprocess_config
+from framesink.build.gate import QualityGate
 from framesink.build.options import BuildOptions
 from framesink.build.pipeline import build_bundle
 from framesink.build.plans.builder import PlanBuilder, find_builders
@@ -345,9 +346,8 @@ def _edit(path: Path, **fields: object) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"precision": "fp8"}, "--precision fp8 is not available in this version"),
-        ({"vision_precision": "int8"}, "--vision-precision int8"),
-        ({"kv_precision": "int8"}, "--kv-precision int8"),
+        ({"judge": False, "gate": QualityGate(0.9, 0.1)}, "--no-gate contradicts"),
+        ({"judge": False, "gate_checkpoint": Path("other")}, "--no-gate contradicts"),
         ({"max_patches": 4}, "--max-patches 4"),
         ({"max_prefill": 512, "max_context": 256}, "--max-prefill 512"),
     ],

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,21 @@ def test_targets_nobody_knows_are_refused_with_those_that_are() -> None:
         choose_builder(["sm100", "sm89"], [RTX])
     with pytest.raises(BuildError, match="No single builder compiles for sm89, sm90 together"):
         choose_builder(["sm90", "sm89"], [FULL, RTX])
+
+
+def test_fp8_is_refused_where_it_does_not_run() -> None:
+    with pytest.raises(BuildError, match=r"sm80, sm86; compile for sm89 and sm120, or choose int8"):
+        choose_builder(["sm86", "sm80", "sm89"], [RTX], fp8=True)
+    assert choose_builder(["sm120", "sm89"], [RTX], fp8=True) == (RTX, ("sm89", "sm120"))
+    assert choose_builder(["sm90"], [FULL, RTX], fp8=True) == (FULL, ("sm90",))
+
+
+def test_fp8_without_targets_takes_those_that_can() -> None:
+    assert choose_builder([], [RTX], fp8=True) == (RTX, ("sm89", "sm120"))
+    assert choose_builder([], [FULL], fp8=True) == (FULL, ("sm90",))
+    ampere = replace(FULL, targets=("sm80",))
+    with pytest.raises(BuildError, match="FP8 does not run on sm80"):
+        choose_builder([], [ampere], fp8=True)
 
 
 def test_without_a_builder_the_sentence_says_how_to_get_one() -> None:

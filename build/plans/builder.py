@@ -13,6 +13,7 @@ BuilderName = Literal["tensorrt", "tensorrt_rtx"]
 BUILDER_NAMES: tuple[BuilderName, ...] = ("tensorrt", "tensorrt_rtx")
 CURRENT = "current"
 DEFAULT_TARGETS = ("sm80", "sm86", "sm89", "sm120")
+FP8_SM = 89  # the first architecture that multiplies FP8
 INSTALL_HINT = "pip install 'framesink[rtx]'"
 
 
@@ -42,13 +43,17 @@ def find_builders() -> list[PlanBuilder]:
 
 
 def choose_builder(
-    requested: Sequence[str], builders: Sequence[PlanBuilder] | None = None
+    requested: Sequence[str],
+    builders: Sequence[PlanBuilder] | None = None,
+    *,
+    fp8: bool = False,
 ) -> tuple[PlanBuilder, tuple[str, ...]]:
     """The first builder that knows every requested architecture, and the architectures' SM names.
 
     `requested` holds SM names and `current`; empty means the GPU of this machine for full TensorRT,
-    and all common architectures for TensorRT-RTX. Raises BuildError when no builder is installed
-    or none knows them all.
+    and all common architectures for TensorRT-RTX. With `fp8` they must be able to multiply FP8;
+    those meant by default are taken as far as they are. Raises BuildError when no builder is
+    installed, none knows them all, or one of them lacks FP8.
     """
     available = find_builders() if builders is None else builders
     if not available:
@@ -57,9 +62,11 @@ def choose_builder(
             f"{INSTALL_HINT}, or pass --no-plans to write a bundle for ONNX Runtime alone."
         )
     targets = resolve_targets(requested)
+    if fp8:
+        _check_fp8(targets)
     for builder in available:
         if not targets:
-            return builder, _default_targets(builder)
+            return builder, default_targets(builder, fp8=fp8)
         if set(targets) <= set(builder.targets):
             return builder, targets
     known = sorted({target for builder in available for target in builder.targets}, key=_sm_number)
@@ -95,10 +102,36 @@ def resolve_targets(requested: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(targets, key=_sm_number))
 
 
-def _default_targets(builder: PlanBuilder) -> tuple[str, ...]:
-    if not builder.cross_compiles:
-        return builder.targets
-    return tuple(target for target in DEFAULT_TARGETS if target in builder.targets)
+def default_targets(builder: PlanBuilder, *, fp8: bool = False) -> tuple[str, ...]:
+    """What a builder compiles for where nothing is asked for; with `fp8` as far as that has it.
+
+    Raises BuildError if none has.
+    """
+    meant = builder.targets
+    if builder.cross_compiles:
+        meant = tuple(target for target in DEFAULT_TARGETS if target in builder.targets)
+    if not fp8:
+        return meant
+    able = tuple(target for target in meant if supports_fp8(target))
+    if not able:
+        _check_fp8(meant)
+    return able
+
+
+def supports_fp8(target: str) -> bool:
+    """Whether an architecture multiplies FP8."""
+    return _sm_number(target) >= FP8_SM
+
+
+def _check_fp8(targets: Sequence[str]) -> None:
+    """Raises BuildError if one of the targets lacks FP8."""
+    lacking = [target for target in targets if not supports_fp8(target)]
+    if lacking:
+        able = " and ".join(target for target in DEFAULT_TARGETS if supports_fp8(target))
+        raise BuildError(
+            f"FP8 does not run on {', '.join(lacking)}; compile for {able}, or choose int8, which "
+            "runs on all of them."
+        )
 
 
 def _sm_number(name: str) -> int:

@@ -8,7 +8,7 @@ import click
 from framesink.cli.main import SentenceCommand
 
 POSITIVE = click.IntRange(min=1)
-PRECISION = click.Choice(["fp16", "fp8", "int8"])
+PRECISION = click.Choice(["fp16", "fp8", "int8", "int8-weight-only", "int4-weight-only"])
 
 
 @click.command(cls=SentenceCommand, context_settings={"help_option_names": ["-h", "--help"]})
@@ -20,14 +20,38 @@ PRECISION = click.Choice(["fp16", "fp8", "int8"])
     required=True,
     help="Directory of the engine bundle.",
 )
-@click.option("--precision", type=PRECISION, default="fp16", show_default=True)
+@click.option(
+    "--precision",
+    type=PRECISION,
+    help="Of the language model's linear layers.  [default: fp16, or what MODEL_DIR has]",
+)
 @click.option("--vision-precision", type=PRECISION, help="Of the vision encoder, if it differs.")
 @click.option(
     "--kv-precision",
     type=click.Choice(["fp16", "int8", "fp8"]),
-    default="fp16",
-    show_default=True,
-    help="Of the K/V pages.",
+    help="Of the K/V pages.  [default: fp16, or what MODEL_DIR has]",
+)
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    help="File that says layer by layer what is quantized, as framesink calibrate writes it.",
+)
+@click.option(
+    "--observer",
+    type=click.Choice(["absmax", "percentile", "mse"]),
+    help="How the range of an activation is chosen.",
+)
+@click.option(
+    "--gate",
+    metavar="top1=X,kl=Y",
+    help="Least top-1 agreement and largest mean KL divergence from MODEL_DIR that a bundle may "
+    "have.  [default: top1=0.98,kl=0.02 for a quantized bundle]",
+)
+@click.option("--no-gate", is_flag=True, help="Do not compare the bundle with MODEL_DIR.")
+@click.option(
+    "--gate-checkpoint",
+    type=click.Path(path_type=Path),
+    help="The 16-bit checkpoint to compare with, if MODEL_DIR is quantized already.",
 )
 @click.option(
     "--target",
@@ -51,14 +75,24 @@ PRECISION = click.Choice(["fp16", "fp8", "int8"])
 @click.option("--no-plans", is_flag=True, help="No TensorRT: a bundle for ONNX Runtime alone.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--verbose", is_flag=True, help="Print every message of the builder.")
-def build(model_dir: Path, output: Path, no_plans: bool, verbose: bool, **options: Any) -> None:
+def build(
+    model_dir: Path,
+    output: Path,
+    gate: str | None,
+    no_gate: bool,
+    no_plans: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
     """Build an engine bundle from the checkpoint in MODEL_DIR.
 
-    Observes the model's activations, writes its weights and graphs, and compiles both parts to
-    TensorRT plans. Nothing is left behind when it fails or is interrupted.
+    Observes the model's activations, quantizes it where that is asked for, writes its weights and
+    graphs, compares them with the checkpoint, and compiles both parts to TensorRT plans. Nothing
+    is left behind when it fails or is interrupted.
     """
     from rich.console import Console
 
+    from framesink.build.gate import QualityGate
     from framesink.build.options import BuildOptions
     from framesink.build.pipeline import build_bundle
     from framesink.cli.progress import RichReporter
@@ -73,6 +107,8 @@ def build(model_dir: Path, output: Path, no_plans: bool, verbose: bool, **option
         output=output,
         targets=tuple(targets),
         plans=not no_plans,
+        gate=None if gate is None else QualityGate.parse(gate),
+        judge=not no_gate,
         **given,
     )
     with RichReporter(Console(stderr=True), verbose=verbose) as reporter:

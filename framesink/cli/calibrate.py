@@ -28,7 +28,7 @@ def calibrate(model_dir: Path, output: Path, videos: tuple[Path, ...]) -> None:
     """
     from rich.console import Console
 
-    from framesink.build.pipeline import observe, read_build_input
+    from framesink.build.source import observe, read_build_input
     from framesink.calibration.ranges import FLOAT16_MAX
     from framesink.cli.progress import RichReporter
     from framesink.cli.summary import PART_NAMES

@@ -4,6 +4,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from framesink.build.estimate import graph_weights
+from framesink.build.gate import read_verification
 from framesink.build.reporter import BuildSummary
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.manifest import Manifest, PartName
@@ -47,7 +49,9 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
         f"{vision.num_heads} heads, patch {vision.patch_size}",
         "frames": f"{manifest.preprocess.fps:g} per second, {manifest.preprocess.min_pixels:,} to "
         f"{manifest.preprocess.max_pixels:,} pixels",
-        "K/V pages": f"{manifest.cache_precision}, {manifest.page_size} rows each",
+        "K/V pages": f"{manifest.cache_precision} ({manifest.language_model.executed.page_type} in "
+        f"ONNX Runtime, {manifest.language_model.compiled.page_type} in TensorRT), "
+        f"{manifest.page_size} rows each",
         "limits": f"{limits.max_streams} streams, context {limits.max_context}, "
         f"prefill {limits.max_prefill}, {limits.max_patches} patches",
         "streaming": f"chunks of {streaming.chunk_seconds:g} s, window "
@@ -62,6 +66,7 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
         table.add_row(name, escape(value))
     console.print(table)
     console.print(_parts_table(manifest))
+    _print_verification(bundle, console)
     size = format_bytes(sum(file.size for file in manifest.files.values()))
     console.print(f"{len(manifest.files)} files, {size}", highlight=False)
 
@@ -74,25 +79,42 @@ def format_bytes(size: int) -> str:
     return f"{size / 1e3:.1f} kB"
 
 
+def _print_verification(bundle: Bundle, console: Console) -> None:
+    """What the build measured against the 16-bit checkpoint, if it did."""
+    measured = read_verification(bundle)
+    if measured is not None:
+        console.print(
+            f"Against {measured.reference} over {measured.tokens} tokens of {measured.chunks} "
+            f"chunks ({measured.source}): top-1 agreement {measured.top1:.2%}, mean KL "
+            f"{measured.kl:.4g} nats (asked: {measured.gate}).",
+            highlight=False,
+            markup=False,
+        )
+
+
 def _parts_table(manifest: Manifest) -> Table:
     """One row per plan, with the compute type of either reader."""
     table = Table(title="Parts", title_justify="left")
     for column in ("part", "precision", "ONNX Runtime", "TensorRT"):
         table.add_column(column, no_wrap=True)
+    table.add_column("linear layers", overflow="fold")
     table.add_column("targets", overflow="fold")
-    table.add_column("plan", justify="right", no_wrap=True)
+    for column in ("plan", "bytes/weight"):
+        table.add_column(column, justify="right", no_wrap=True)
     for name in PART_NAMES:
         part = manifest.part(name)
-        executed = part.executed.compute_type
+        linears = ", ".join(f"{count} {scheme}" for scheme, count in part.linears.items())
+        row = (name, part.precision, part.executed.compute_type)
         if not part.plans:
-            table.add_row(name, part.precision, executed, "no plan", "", "")
+            table.add_row(*row, "no plan", linears, "", "", "")
         for plan in part.plans:
+            size = manifest.files[plan.path].size
             table.add_row(
-                name,
-                part.precision,
-                executed,
+                *row,
                 plan.compute_type,
+                linears,
                 ", ".join(plan.targets),
-                format_bytes(manifest.files[plan.path].size),
+                format_bytes(size),
+                f"{size / graph_weights(manifest.model, name):.2f}",
             )
     return table

@@ -1,8 +1,15 @@
 """`framesink verify`."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from framesink.build.gate import QualityGate, Verification
+    from framesink.runtime.bundle import Bundle
 
 
 @click.command()
@@ -10,37 +17,116 @@ import click
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
-    help="The checkpoint BUNDLE was built from, to compare with in transformers.",
+    help="The 16-bit checkpoint BUNDLE was built from, to compare with.",
 )
 @click.option("--tokens", type=click.IntRange(min=1), default=32, show_default=True)
-def verify(bundle: Path, checkpoint: Path | None, tokens: int) -> None:
+@click.option(
+    "--gate",
+    metavar="top1=X,kl=Y",
+    help="Least top-1 agreement and largest mean KL divergence over streamed chunks.  "
+    "[default: top1=0.98,kl=0.02 for a quantized bundle]",
+)
+@click.option(
+    "--video",
+    "videos",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Video to stream; may be given again. Default: a generated scene.",
+)
+def verify(
+    bundle: Path,
+    checkpoint: Path | None,
+    tokens: int,
+    gate: str | None,
+    videos: tuple[Path, ...],
+) -> None:
     """Check the engine bundle BUNDLE.
 
-    Every file must have the size and hash of the manifest. With --checkpoint the bundle's graphs
-    and the checkpoint in transformers get the same frames and tokens, and their results must agree.
+    Every file must have the size and hash of the manifest. With --checkpoint a 16-bit bundle's
+    graphs and the checkpoint in transformers get the same frames and tokens, and their results must
+    agree. A quantized bundle, or any with --gate, is compared over streamed chunks, and must reach
+    the gate; without --checkpoint --gate judges what was measured when the bundle was built.
     """
     from rich.console import Console
-    from rich.table import Table
 
-    from framesink.build.verify import MAX_LOGIT_ERROR, MAX_VISION_ERROR, verify_bundle
+    from framesink.build.gate import DEFAULT_GATE, QualityGate
     from framesink.runtime.bundle import Bundle
 
+    asked = None if gate is None else QualityGate.parse(gate)
     console = Console()
     opened = Bundle.open(bundle, check="hashes")
     console.print(
         f"{len(opened.manifest.files)} files agree with the manifest in size and SHA-256.",
         highlight=False,
     )
-    if checkpoint is None:
+    if checkpoint is not None and (asked is not None or opened.manifest.is_quantized):
+        _judge(_measure(opened, checkpoint, videos, console), asked or DEFAULT_GATE, console)
+    elif checkpoint is not None:
+        _compare_with_transformers(opened, checkpoint, tokens, console)
+    elif asked is not None:
+        _judge(_stored(opened), asked, console)
+    else:
         console.print(
             "The graphs were not run against anything: pass --checkpoint to compare them with the "
-            "model in transformers.",
+            "model they were built from.",
             highlight=False,
         )
-        return
+
+
+def _stored(bundle: "Bundle") -> "Verification":
+    from framesink.build.gate import read_verification
+    from framesink.runtime.errors import VerificationError
+
+    stored = read_verification(bundle)
+    if stored is None:
+        raise VerificationError(
+            f"Nothing was measured when {bundle.directory} was built; pass --checkpoint to measure "
+            "it now."
+        )
+    return stored
+
+
+def _measure(
+    bundle: "Bundle", checkpoint: Path, videos: tuple[Path, ...], console: "Console"
+) -> "Verification":
+    from framesink.build.quality import measure_quality
+
+    with console.status("Streaming") as status:
+        return measure_quality(
+            bundle,
+            checkpoint,
+            videos,
+            on_progress=lambda share: status.update(f"Streaming, {share:.0%}"),
+        )
+
+
+def _judge(measured: "Verification", gate: "QualityGate", console: "Console") -> None:
+    """Print what was measured against what was asked.
+
+    Raises VerificationError where that is not reached.
+    """
+    from rich.table import Table
+
+    table = Table(f"against {measured.reference} in float32", "found", "asked")
+    table.add_row("top-1 agreement", f"{measured.top1:.2%}", f"≥ {gate.top1:.2%}")
+    table.add_row("mean KL divergence, nats", f"{measured.kl:.4g}", f"≤ {gate.kl:g}")
+    table.add_row("largest KL divergence, nats", f"{measured.worst_kl:.4g}", "")
+    table.add_row("tokens compared", f"{measured.tokens} in {measured.chunks} chunks", "")
+    table.add_row("video", measured.source, "")
+    console.print(table)
+    measured.check(gate)
+
+
+def _compare_with_transformers(
+    bundle: "Bundle", checkpoint: Path, tokens: int, console: "Console"
+) -> None:
+    from rich.table import Table
+
+    from framesink.build.verify import MAX_LOGIT_ERROR, MAX_VISION_ERROR, verify_bundle
+
     with console.status("Starting") as status:
         report = verify_bundle(
-            opened,
+            bundle,
             checkpoint,
             tokens=tokens,
             on_stage=lambda name: status.update(f"Running {name}"),

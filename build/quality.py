@@ -1,0 +1,103 @@
+"""Measure how far a bundle is from the 16-bit checkpoint it was made from, over live video."""
+
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+
+from framesink.build.estimate import compiled_bytes
+from framesink.build.gate import Verification
+from framesink.calibration.videos import find_videos, open_streams
+from framesink.runtime.bundle import Bundle
+from framesink.runtime.errors import VerificationError
+from framesink.runtime.executors import create_executor
+from framesink.runtime.models.checkpoint import Checkpoint
+from framesink.runtime.video.chunk import Chunk
+
+CHUNKS = 32
+# A large model takes minutes per chunk on a CPU: only the beginning of a stream is compared.
+LARGE_MODEL_BYTES = 2_000_000_000
+LARGE_MODEL_CHUNKS = 4
+INSTALL_HINT = "pip install 'framesink[calibration]'"
+
+
+def measure_quality(
+    bundle: Bundle,
+    checkpoint_directory: Path,
+    videos: Sequence[Path] = (),
+    *,
+    on_progress: Callable[[float], None] = lambda _: None,
+) -> Verification:
+    """Compare a bundle with its checkpoint over live video: files, folders, or a generated scene.
+
+    The checkpoint runs in torch, in float32; the bundle gets the same frames and tokens in ONNX
+    Runtime. The checkpoint decides the tokens; eviction and replies are those of a live
+    session with the bundle's defaults.
+
+    Raises VerificationError if the checkpoint is quantized or of another model, if torch is
+    missing, or if the bundle's logits are not finite; CheckpointError and VideoError for what
+    cannot be read.
+    """
+    checkpoint = open_reference(bundle, checkpoint_directory)
+    # Imported here: only this comparison needs torch.
+    from framesink.calibration.agreement import Agreement, TurnAgreement, compare_executors
+    from framesink.calibration.recorded_turns import StreamSettings
+    from framesink.calibration.torch_executor import TorchExecutor
+
+    manifest = bundle.manifest
+    size = sum(compiled_bytes(manifest.model).values())
+    count = CHUNKS if size <= LARGE_MODEL_BYTES else LARGE_MODEL_CHUNKS
+    settings = StreamSettings.from_bundle(bundle)
+    pages = settings.num_pages(manifest.page_size)
+    files = find_videos(videos)
+    streams = open_streams(files, manifest.preprocess, manifest.streaming.chunk_seconds)
+    share = -(-count // len(streams))
+    turns: list[TurnAgreement] = []
+
+    def follow(stream: Iterator[Chunk]) -> Iterator[Chunk]:
+        for number, chunk in enumerate(islice(stream, share)):
+            on_progress((len(turns) + number) / count)
+            yield chunk
+
+    reference = TorchExecutor(checkpoint, num_pages=pages, page_size=manifest.page_size)
+    candidate, _ = create_executor(bundle, "onnxruntime", num_pages=pages)
+    try:
+        for stream in streams:
+            found = compare_executors(reference, {"": candidate}, settings, follow(stream))
+            turns += found[""]
+    finally:
+        reference.close()
+        candidate.close()
+    agreement = Agreement.of(turns)
+    return Verification(
+        reference=checkpoint_directory.resolve().name,
+        executor=candidate.name,
+        source=", ".join(file.name for file in files) or "generated scene",
+        chunks=len(turns),
+        tokens=agreement.tokens,
+        kl=agreement.kl,
+        worst_kl=agreement.worst_kl,
+        top1=agreement.top1,
+    )
+
+
+def open_reference(bundle: Bundle, directory: Path) -> Checkpoint:
+    """The 16-bit checkpoint a bundle is compared with.
+
+    Raises VerificationError if it is quantized or of another model, or if torch is missing.
+    """
+    checkpoint = Checkpoint.open(directory)
+    if checkpoint.quantization is not None:
+        raise VerificationError(
+            f"{directory} is quantized itself; compare the bundle with the 16-bit checkpoint that "
+            "it was made from."
+        )
+    if checkpoint.config != bundle.manifest.model:
+        raise VerificationError(
+            f"{directory} is not the checkpoint of {bundle.directory}: their sizes differ."
+        )
+    if find_spec("torch") is None:
+        raise VerificationError(
+            f"Comparing with a checkpoint over video needs torch; install it with {INSTALL_HINT}."
+        )
+    return checkpoint
