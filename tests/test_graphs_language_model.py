@@ -11,20 +11,18 @@ import onnx_ir
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
+from reference.compiling import compile_graph, input_specs
 from reference.graph_files import LANGUAGE_MODEL, VISION_ENCODER, write_graphs
 
-from framesink.build.plans.profiles import language_model_profiles, vision_profiles
-from framesink.runtime.manifest import ComputeType, Limits, TensorSpec
+from framesink.runtime.manifest import ComputeType
 from framesink.runtime.models.checkpoint import Checkpoint
 from framesink.runtime.models.vision_segments import MASKED
-from framesink.runtime.preprocess import PreprocessConfig
 from framesink.runtime.rope import MRopeTable
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLForConditionalGeneration
 
 PAGE = 4
-LIMITS = Limits(max_streams=2, max_context=64, max_prefill=16, max_patches=64)
 
 
 @pytest.fixture(scope="module")
@@ -153,40 +151,8 @@ def test_tensorrt_compiles_both_graphs(
 ) -> None:
     """Without a GPU, and without a warning that can mean wrong numbers."""
     pytest.importorskip("tensorrt_rtx")
-    from framesink.build.plans.compile import compile_plan
-    from framesink.build.plans.jobs import CompileJob
-
     opened = write_graphs(tiny_checkpoint, tmp_path, compute_type=compute_type, page_size=PAGE)
-    specs = {file: input_specs(tmp_path / file) for file in (LANGUAGE_MODEL, VISION_ENCODER)}
-    profiles = {
-        LANGUAGE_MODEL: language_model_profiles(specs[LANGUAGE_MODEL], LIMITS, PAGE),
-        VISION_ENCODER: vision_profiles(
-            specs[VISION_ENCODER], LIMITS, opened.config.vision, PreprocessConfig()
-        ),
-    }
-    for file, shapes in profiles.items():
-        job = CompileJob(
-            graph=tmp_path / file,
-            plan=tmp_path / f"{file}.plan",
-            builder="tensorrt_rtx",
-            targets=("sm89",),
-            profiles=shapes,
-        )
-        plan = compile_plan(
-            job,
-            on_progress=lambda fraction, phase: None,
-            on_message=lambda message: None,
-            cancelled=lambda: False,
-        )
-        assert {spec.name for spec in plan.inputs} == {spec.name for spec in specs[file]}
-
-
-def input_specs(graph: Path) -> list[TensorSpec]:
-    return [
-        TensorSpec(
-            name=str(value.name),
-            dtype=str(value.dtype),
-            shape=tuple(d if isinstance(d, int) else str(d.value) for d in value.shape or ()),
-        )
-        for value in onnx_ir.load(graph).graph.inputs
-    ]
+    for file in (LANGUAGE_MODEL, VISION_ENCODER):
+        plan = compile_graph(tmp_path / file, opened.config, ("sm89",), page_size=PAGE)
+        names = {spec.name for spec in input_specs(tmp_path / file)}
+        assert {spec.name for spec in plan.inputs} == names
