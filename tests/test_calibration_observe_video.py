@@ -200,7 +200,7 @@ def test_dead_and_constant_channels_are_counted(tiny_checkpoint: Path, tmp_path:
 
 
 def test_memory_does_not_grow_with_the_video(tiny_checkpoint: Path) -> None:
-    """Tensors that live after a third of it and at its end: statistics and pages, no activations."""
+    """Tensors alive after a third of it and at its end: statistics and pages, no activations."""
     live: list[int] = []
 
     def measure(done: float) -> None:
