@@ -25,7 +25,7 @@ from framesink.build.precision import (
 from framesink.build.quality import measure_quality
 from framesink.build.quantization_plan import QuantizationPlan, plan_quantization
 from framesink.build.reporter import BuildSummary, Reporter, StageResult
-from framesink.build.source import BuildInput, observe, read_build_input
+from framesink.build.source import BuildInput, check_streams, observe, read_build_input
 from framesink.build.staging import check_output, staged_directory
 from framesink.calibration.fingerprint import checkpoint_fingerprint
 from framesink.calibration.ranges import FLOAT16_MAX, RANGES_NAME, ActivationRanges
@@ -68,6 +68,8 @@ def build_bundle(options: BuildOptions, reporter: Reporter) -> BuildSummary:
             "engines from quantized checkpoints alone."
         )
     limits = choose_limits(options, config, source.preprocess, source.streaming)
+    if wanted.recipe is not None or wanted.gate is not None:
+        check_streams(source, limits, options.page_size)
     estimate = estimate_build(
         config,
         observe=True,

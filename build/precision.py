@@ -55,6 +55,11 @@ def cache_precision(quantization: Quantization, compute_type: ComputeType) -> Ca
             return "fp8"
 
 
+def scheme_name(scheme: LinearScheme) -> str:
+    """A scheme as a person writes it."""
+    return _LINEAR_PRECISIONS.get(scheme, "16 bits")
+
+
 def part_of(linear: str) -> PartName:
     """The model part that a linear layer, or a tensor of one, belongs to."""
     return "vision_encoder" if linear.startswith("visual.") else "language_model"

@@ -16,9 +16,11 @@ from framesink.calibration.ranges import ActivationRanges
 from framesink.calibration.samples import sample_chunks
 from framesink.calibration.videos import find_videos
 from framesink.runtime.errors import CheckpointError
+from framesink.runtime.manifest import Limits
 from framesink.runtime.models.checkpoint import Checkpoint
 from framesink.runtime.preprocess import PreprocessConfig
 from framesink.runtime.protocol import ChatProtocol
+from framesink.runtime.session_plan import default_policy, plan_session
 from framesink.runtime.tokenizer import Tokenizer
 
 
@@ -72,4 +74,24 @@ def observe(source: BuildInput, videos: tuple[Path, ...], reporter: Reporter) ->
         chunk_seconds=seconds,
         source=", ".join(video.name for video in videos) or "generated scene",
         on_progress=reporter.progress,
+    )
+
+
+def check_streams(source: BuildInput, limits: Limits, page_size: int) -> None:
+    """Whether a session with the checkpoint's streaming defaults fits `limits`.
+
+    Raises CapacityError, with the figures, if it does not.
+    """
+    defaults = source.streaming.defaults
+    plan_session(
+        default_policy(defaults),
+        defaults.query,
+        "pinned",
+        protocol=source.protocol,
+        model=source.checkpoint.config,
+        limits=limits,
+        page_size=page_size,
+        chunk_seconds=defaults.chunk_seconds,
+        max_new_tokens=defaults.max_new_tokens,
+        max_patches=limits.max_patches,
     )

@@ -6,11 +6,10 @@ from rich.table import Table
 
 from framesink.build.estimate import graph_weights
 from framesink.build.gate import read_verification
+from framesink.build.precision import scheme_name
 from framesink.build.reporter import BuildSummary
 from framesink.runtime.bundle import Bundle
-from framesink.runtime.manifest import Manifest, PartName
-
-PART_NAMES: tuple[PartName, ...] = ("vision_encoder", "language_model")
+from framesink.runtime.manifest import PART_NAMES, Manifest, PartSpec
 
 
 def print_build_summary(summary: BuildSummary, console: Console) -> None:
@@ -98,15 +97,17 @@ def _parts_table(manifest: Manifest) -> Table:
     for column in ("part", "precision", "ONNX Runtime", "TensorRT"):
         table.add_column(column, no_wrap=True)
     table.add_column("linear layers", overflow="fold")
-    table.add_column("targets", overflow="fold")
-    for column in ("plan", "bytes/weight"):
-        table.add_column(column, justify="right", no_wrap=True)
+    compiled = any(manifest.part(name).plans for name in PART_NAMES)
+    if compiled:
+        table.add_column("targets", overflow="fold")
+        for column in ("plan", "bytes per weight"):
+            table.add_column(column, justify="right")
     for name in PART_NAMES:
         part = manifest.part(name)
-        linears = ", ".join(f"{count} {scheme}" for scheme, count in part.linears.items())
         row = (name, part.precision, part.executed.compute_type)
+        linears = _describe_linears(part)
         if not part.plans:
-            table.add_row(*row, "no plan", linears, "", "", "")
+            table.add_row(*row, "no plan", linears, *[""] * (3 if compiled else 0))
         for plan in part.plans:
             size = manifest.files[plan.path].size
             table.add_row(
@@ -118,3 +119,9 @@ def _parts_table(manifest: Manifest) -> Table:
                 f"{size / graph_weights(manifest.model, name):.2f}",
             )
     return table
+
+
+def _describe_linears(part: PartSpec) -> str:
+    """How many linear layers are held in which scheme, most first."""
+    counts = sorted(part.linears.items(), key=lambda entry: -entry[1])
+    return ", ".join(f"{count} in {scheme_name(scheme)}" for scheme, count in counts)
