@@ -47,8 +47,7 @@ def clamp_dead(amax: Float32Array, smallest: float = SMALLEST_AMAX) -> tuple[Flo
 
 def scale_of(amax: Float32Array, number_format: NumberFormat) -> Float32Array:
     """The float32 scale that maps each `amax`, which is above 0, onto the highest code."""
-    scale: Float32Array = amax.astype(np.float32) / np.float32(number_format.highest)
-    return scale
+    return np.asarray(amax.astype(np.float32) / np.float32(number_format.highest))
 
 
 def quantize(
