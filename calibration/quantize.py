@@ -147,6 +147,13 @@ def quantize_checkpoint(
     )
 
 
+def needs_statistics(quantization: Quantization) -> bool:
+    """Whether something is quantized whose range only calibration knows: inputs, K or V."""
+    return quantization.cache is not CacheScheme.UNQUANTIZED or any(
+        scheme in W8A8_SCHEMES for scheme in quantization.linears.values()
+    )
+
+
 def _check_statistics(
     checkpoint: Checkpoint, statistics: Statistics | None, quantization: Quantization
 ) -> None:
@@ -157,9 +164,7 @@ def _check_statistics(
                 f"{checkpoint.directory}; calibrate again."
             )
         return
-    if quantization.cache is not CacheScheme.UNQUANTIZED or any(
-        scheme in W8A8_SCHEMES for scheme in quantization.linears.values()
-    ):
+    if needs_statistics(quantization):
         raise OptionError(
             "FP8, INT8 and a quantized K/V cache need calibration statistics; only weight-only "
             "precisions go without."
