@@ -42,7 +42,7 @@ class KeysPerChannel:
         number_format: NumberFormat,
     ) -> Tensor:
         """See `KeyForm`."""
-        scale = torch.as_tensor(self.scale).to(keys).view(keys.shape[1:])
+        scale = torch.tensor(self.scale).to(keys).view(keys.shape[1:])
         return fake_quantize(keys, scale, number_format)
 
 
@@ -61,7 +61,7 @@ class KeysPerPair:
         number_format: NumberFormat,
     ) -> Tensor:
         """See `KeyForm`."""
-        pairs = torch.as_tensor(self.scale).to(keys).view(keys.shape[1], -1)
+        pairs = torch.tensor(self.scale).to(keys).view(keys.shape[1], -1)
         scale = torch.cat([pairs, pairs], dim=-1)
         return _turn_back(fake_quantize(rotate(keys, rotary), scale, number_format), rotary)
 
@@ -94,7 +94,7 @@ class KeysPerChannelWithBias:
         number_format: NumberFormat,
     ) -> Tensor:
         """See `KeyForm`."""
-        scale = torch.as_tensor(self.scale).to(keys).view(keys.shape[1:])
+        scale = torch.tensor(self.scale).to(keys).view(keys.shape[1:])
         return fake_quantize(keys + bias, scale, number_format) - bias
 
 
@@ -113,7 +113,7 @@ class FakeCache:
 
     def values(self, layer: int, values: Tensor) -> Tensor:
         """See `Numerics.stored_values`."""
-        scale = torch.as_tensor(self.value_scales[layer]).to(values).view(-1, 1)
+        scale = torch.tensor(self.value_scales[layer]).to(values).view(-1, 1)
         return fake_quantize(values, scale, self.number_format)
 
 

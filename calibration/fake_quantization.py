@@ -66,7 +66,7 @@ class FakeLinear:
         return fake_quantize(inputs, self.input_scale, _WEIGHT_FORMATS[self.scheme])
 
     def _smoothing(self, like: Tensor) -> Tensor:
-        return torch.as_tensor(self.pre_quant_scale).to(like)
+        return torch.tensor(self.pre_quant_scale).to(like)
 
 
 class FakeQuantization(PlainNumerics):

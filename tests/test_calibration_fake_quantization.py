@@ -1,9 +1,16 @@
 """Simulated quantization in torch against its definition in numpy float64, and its properties."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="the simulation runs in torch")
+
+from reference.dense_model import load_model  # noqa: E402
+from reference.graph_files import load_executor, write_graphs  # noqa: E402
+from reference.paged_stream import PAGE, PagedStream, make_conversation  # noqa: E402
+from reference.quantized_checkpoint import write_quantized_checkpoint  # noqa: E402
 
 from framesink.calibration.fake_cache import (  # noqa: E402
     FakeCache,
@@ -23,12 +30,26 @@ from framesink.calibration.formats import (  # noqa: E402
     dequantize,
     quantize,
 )
+from framesink.calibration.torch_executor import TorchExecutor  # noqa: E402
 from framesink.calibration.torch_layers import rotate  # noqa: E402
 from framesink.runtime.arrays import AnyArray, Float32Array  # noqa: E402
-from framesink.runtime.models.quantization import LinearScheme  # noqa: E402
+from framesink.runtime.executors.base import Executor  # noqa: E402
+from framesink.runtime.models.checkpoint import Checkpoint  # noqa: E402
+from framesink.runtime.models.quantization import (  # noqa: E402
+    CacheScheme,
+    LinearScheme,
+    Quantization,
+    k_channel_scale,
+    v_head_scale,
+)
+from framesink.runtime.preprocess import Grid  # noqa: E402
 
 FORMATS = [FP8, INT8, INT4]
 HEADS, DIM, ROWS = 2, 8, 40
+GRID = Grid(1, 6, 8)
+# Quantization is not continuous: a value within float32's rounding of a tie may get the next code,
+# and all after it another value. So the simulation runs in float64 here.
+TOLERANCE = 1e-4
 
 
 def _random(*shape: int, seed: int = 0) -> Float32Array:
@@ -187,3 +208,74 @@ def test_a_large_bias_costs_only_the_forms_that_store_it() -> None:
     for form in forms.values():
         small = form.stored(_tensor(keys), torch.zeros(HEADS, DIM), rotary, INT8)
         assert torch.isfinite(small).all()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "cache"),
+    [
+        (LinearScheme.FP8, CacheScheme.FP8),
+        (LinearScheme.INT8, CacheScheme.INT8),
+        (LinearScheme.INT8_WEIGHT_ONLY, CacheScheme.UNQUANTIZED),
+        (LinearScheme.INT4_WEIGHT_ONLY, CacheScheme.UNQUANTIZED),
+    ],
+)
+def test_the_simulation_is_what_the_graphs_compute(
+    scheme: LinearScheme, cache: CacheScheme, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """The plain checkpoint under simulation, and the graphs of the quantized one in ONNX Runtime,
+    with the same scales, step by step over pages."""
+    quantization = write_quantized_checkpoint(
+        tiny_checkpoint, tmp_path / "quantized", scheme, cache
+    )
+    quantized = Checkpoint.open(tmp_path / "quantized")
+    write_graphs(tmp_path / "quantized", tmp_path / "graphs", compute_type="float32")
+    linears = {name: _same_scales(quantized, name, quantization) for name in quantization.linears}
+    executors: list[Executor] = [
+        load_executor(tmp_path / "graphs", num_pages=32),
+        TorchExecutor(
+            Checkpoint.open(tiny_checkpoint),
+            num_pages=32,
+            page_size=PAGE,
+            dtype=torch.float64,
+            numerics=FakeQuantization(linears, _same_cache(quantized, cache)),
+        ),
+    ]
+    talk = make_conversation(load_model(tiny_checkpoint), 1, GRID, before=9, after=14)
+    graph_vision, vision = (each.encode_vision(talk.patches, GRID) for each in executors)
+    assert np.abs(vision - graph_vision).max() < TOLERANCE * np.abs(graph_vision).max()
+    streams = [PagedStream(each, talk, list(range(1, 32)), seed=0) for each in executors]
+    for count in (7, 9, 1, 5):
+        graph, found = (
+            executor.step([stream.next(count)])[0]
+            for executor, stream in zip(executors, streams, strict=True)
+        )
+        assert graph is not None
+        assert found is not None
+        assert np.abs(found - graph).max() < TOLERANCE * np.abs(graph).max()
+    for executor in executors:
+        executor.close()
+
+
+def _same_scales(checkpoint: Checkpoint, name: str, quantization: Quantization) -> FakeLinear:
+    def find(suffix: str) -> AnyArray | None:
+        tensor = f"{name}.{suffix}"
+        return np.asarray(checkpoint.read(tensor)) if tensor in checkpoint.tensors else None
+
+    scale = find("input_scale")
+    return FakeLinear(
+        quantization.scheme(name),
+        None if scale is None else float(scale),
+        find("pre_quant_scale"),
+        quantization.int4_group,
+    )
+
+
+def _same_cache(checkpoint: Checkpoint, scheme: CacheScheme) -> FakeCache | None:
+    if scheme is CacheScheme.UNQUANTIZED:
+        return None
+    layers = range(checkpoint.config.text.num_hidden_layers)
+    return FakeCache(
+        INT8 if scheme is CacheScheme.INT8 else FP8,
+        tuple(KeysPerChannel(np.asarray(checkpoint.read(k_channel_scale(i)))) for i in layers),
+        tuple(np.asarray(checkpoint.read(v_head_scale(i))) for i in layers),
+    )
