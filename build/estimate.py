@@ -95,13 +95,15 @@ def estimate_build(
     observe: bool,
     plans: bool,
     quantization: Quantization | None = None,
+    quantize: bool = False,
     calibrate: bool = False,
     gate: bool = False,
 ) -> BuildEstimate:
     """Estimate each stage of the build of a model of these sizes.
 
-    `observe` and `plans` say whether activations are observed and plans compiled, `calibrate`
-    whether the checkpoint has to be quantized first, `gate` whether the bundle is compared.
+    `observe` and `plans` say whether activations are observed and plans compiled, `quantize`
+    whether the checkpoint has to be quantized first and `calibrate` whether on video, `gate`
+    whether the bundle is compared.
     """
     quantization = quantization or Quantization()
     weights = weight_bytes(config, model_weights(config), quantization)
@@ -110,6 +112,7 @@ def estimate_build(
         stages.append(StageEstimate("observe activations", _observation_memory(config), 0))
     if calibrate:
         stages.append(StageEstimate("calibrate", _torch_memory(config), 0))
+    if quantize:
         stages.append(StageEstimate("quantize", _quantizing_memory(config), weights))
     stages.append(StageEstimate("write weights", PROCESS_BASE_BYTES, weights))
     stages.append(StageEstimate("author graphs", 2 * PROCESS_BASE_BYTES, 0))

@@ -12,7 +12,8 @@ DEFAULT_PAGE_SIZE = 16
 DEFAULT_MAX_STREAMS = 8
 DEFAULT_MAX_CONTEXT = 16_384
 DEFAULT_MAX_PREFILL = 1024
-CALIBRATION_CHUNKS = 2
+RANGE_CHUNKS = 2
+DEFAULT_CALIBRATION_CHUNKS = 64
 
 ObserverName = Literal["absmax", "percentile", "mse"]
 
@@ -28,9 +29,11 @@ class BuildOptions:
     bundle must) against `gate_checkpoint` (None: `checkpoint`); without `judge` nothing is
     measured.
 
-    `targets` are SM names or `current` (empty: what the builder does by default). `executed_type`
-    is what ONNX Runtime computes in (None: chosen by size). `max_patches` None means one chunk of
-    the largest frames, `max_prefill` None 1024 tokens or the whole context where that is shorter.
+    `calibration_videos` are files or folders, of which `calibration_chunks` are streamed; `device`
+    is where torch does it. `targets` are SM names or `current` (empty: what the builder does by
+    default). `executed_type` is what ONNX Runtime computes in (None: chosen by size). `max_patches`
+    None means one chunk of the largest frames, `max_prefill` None 1024 tokens or the whole context
+    where that is shorter.
     """
 
     checkpoint: Path
@@ -47,6 +50,8 @@ class BuildOptions:
     plans: bool = True
     force: bool = False
     calibration_videos: tuple[Path, ...] = ()
+    calibration_chunks: int = DEFAULT_CALIBRATION_CHUNKS
+    device: str = "cpu"
     executed_type: ComputeType | None = None
     page_size: int = DEFAULT_PAGE_SIZE
     max_streams: int = DEFAULT_MAX_STREAMS

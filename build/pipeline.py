@@ -1,5 +1,6 @@
 """The whole of `build-engines`: observe, quantize, convert, author, judge, compile, bundle."""
 
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,11 +25,13 @@ from framesink.build.precision import (
 )
 from framesink.build.quality import measure_quality
 from framesink.build.quantization_plan import QuantizationPlan, plan_quantization
+from framesink.build.quantize import calibrate, quantize
 from framesink.build.reporter import BuildSummary, Reporter, StageResult
 from framesink.build.source import BuildInput, check_streams, observe, read_build_input
 from framesink.build.staging import check_output, staged_directory
 from framesink.calibration.fingerprint import checkpoint_fingerprint
 from framesink.calibration.ranges import FLOAT16_MAX, RANGES_NAME, ActivationRanges
+from framesink.calibration.recipe import Recipe
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.errors import BuildError
 from framesink.runtime.manifest import (
@@ -41,11 +44,14 @@ from framesink.runtime.manifest import (
     PartSpec,
     PlanSpec,
 )
+from framesink.runtime.models.checkpoint import Checkpoint
+from framesink.runtime.models.quantization import QUANTIZATION_NAME
 from framesink.runtime.models.weights import EMBEDDING
 
 # Up to this many bytes of 16-bit weights ONNX Runtime computes in float32: it is faster on a CPU,
 # but takes the weights' size twice over in memory.
 FLOAT32_WEIGHT_LIMIT = 2_000_000_000
+QUANTIZED_DIRECTORY = "quantized"
 
 
 def build_bundle(options: BuildOptions, reporter: Reporter) -> BuildSummary:
@@ -62,20 +68,16 @@ def build_bundle(options: BuildOptions, reporter: Reporter) -> BuildSummary:
     targets: tuple[str, ...] = ()
     if options.plans:
         builder, targets = choose_builder(options.targets, fp8=computes_in_fp8(wanted.quantization))
-    if wanted.recipe is not None:
-        raise BuildError(
-            f"{options.checkpoint} is a 16-bit checkpoint, and this version builds quantized "
-            "engines from quantized checkpoints alone."
-        )
     limits = choose_limits(options, config, source.preprocess, source.streaming)
-    if wanted.recipe is not None or wanted.gate is not None:
+    if wanted.calibrate or wanted.gate is not None:
         check_streams(source, limits, options.page_size)
     estimate = estimate_build(
         config,
         observe=True,
         plans=options.plans,
         quantization=wanted.quantization,
-        calibrate=wanted.recipe is not None,
+        quantize=wanted.recipe is not None,
+        calibrate=wanted.calibrate,
         gate=wanted.gate is not None,
     )
     memory, disk = available_memory(), free_disk(options.output)
@@ -112,9 +114,12 @@ class _Build:
         with self._stage("observe activations"):
             ranges = self._activation_ranges()
         compiled_types = self._compute_types(ranges)
+        checkpoint = self.source.checkpoint
+        if self.wanted.recipe is not None:
+            checkpoint = self._quantize(self.wanted.recipe)
         writer = BundleWriter(
             directory=self.directory,
-            checkpoint=self.source.checkpoint,
+            checkpoint=checkpoint,
             quantization=self.wanted.quantization,
             compiled_types=compiled_types,
             executed_types=self._executed_types(compiled_types),
@@ -125,8 +130,12 @@ class _Build:
         with self._stage("author graphs"):
             graphs = {part: writer.author(part) for part in PART_NAMES}
             writer.copy(self.source.companions)
+            if checkpoint.quantization is not None:
+                writer.copy([checkpoint.directory / QUANTIZATION_NAME])
             ranges.write(self.directory)
             writer.record(RANGES_NAME)
+        if self.wanted.recipe is not None:
+            shutil.rmtree(checkpoint.directory)
         plans: dict[PartName, tuple[PlanSpec, ...]] = dict.fromkeys(PART_NAMES, ())
         if self.wanted.gate is not None:
             with self._stage("quality gate"):
@@ -185,6 +194,24 @@ class _Build:
             or ("float32" if compute_type == "bfloat16" else default)
             for part, compute_type in compiled.items()
         }
+
+    def _quantize(self, recipe: Recipe) -> Checkpoint:
+        """A quantized checkpoint in a directory of the bundle, for as long as it is needed."""
+        statistics = None
+        if self.wanted.calibrate:
+            with self._stage("calibrate"):
+                statistics = calibrate(self.source, self.options, self.limits, self.reporter)
+        with self._stage("quantize"):
+            checkpoint, notes = quantize(
+                self.source,
+                recipe,
+                statistics,
+                self.options,
+                self.directory / QUANTIZED_DIRECTORY,
+                self.reporter,
+            )
+        self.notes += notes
+        return checkpoint
 
     def _judge(self, manifest: Manifest, gate: QualityGate) -> None:
         """Measure the bundle as far as it is written; what was measured goes into it."""

@@ -8,6 +8,7 @@ from framesink.build.options import BuildOptions
 from framesink.build.precision import check_agreement
 from framesink.build.quality import INSTALL_HINT
 from framesink.build.source import BuildInput
+from framesink.calibration.quantize import needs_statistics
 from framesink.calibration.recipe import Recipe
 from framesink.runtime.errors import BuildError
 from framesink.runtime.models.quantization import (
@@ -20,11 +21,12 @@ from framesink.runtime.models.quantization import (
 @dataclass(frozen=True, slots=True)
 class QuantizationPlan:
     """`quantization` is what the bundle will have, `recipe` how the checkpoint has to be quantized
-    for it (None: not at all), `gate` what it must reach (None: nothing is measured), `notes` what a
-    person should know of it."""
+    for it (None: not at all) and `calibrate` whether on video, `gate` what it must reach (None:
+    nothing is measured), `notes` what a person should know of it."""
 
     quantization: Quantization
     recipe: Recipe | None
+    calibrate: bool
     gate: QualityGate | None
     notes: tuple[str, ...]
 
@@ -45,12 +47,13 @@ def plan_quantization(options: BuildOptions, source: BuildInput) -> Quantization
         recipe = _choose_recipe(options)
     quantization = found or (recipe.resolve(config) if recipe else Quantization())
     gate, notes = _choose_gate(options, quantization, already=found is not None)
-    if (recipe is not None or gate is not None) and find_spec("torch") is None:
+    calibrate = recipe is not None and needs_statistics(quantization)
+    if (calibrate or gate is not None) and find_spec("torch") is None:
         work, way_out = "The quality gate", ", or pass --no-gate"
-        if recipe is not None:
-            work, way_out = "Quantizing a checkpoint", ""
+        if calibrate:
+            work, way_out = "Calibrating a checkpoint", ""
         raise BuildError(f"{work} needs torch; install it with {INSTALL_HINT}{way_out}.")
-    return QuantizationPlan(quantization, recipe, gate, notes)
+    return QuantizationPlan(quantization, recipe, calibrate, gate, notes)
 
 
 def _choose_recipe(options: BuildOptions) -> Recipe:

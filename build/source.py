@@ -9,7 +9,7 @@ from framesink.build.checkpoint_files import (
     read_preprocess_config,
     read_streaming_config,
 )
-from framesink.build.options import CALIBRATION_CHUNKS
+from framesink.build.options import RANGE_CHUNKS
 from framesink.build.reporter import Reporter
 from framesink.calibration.activation_range import observe_activations
 from framesink.calibration.ranges import ActivationRanges
@@ -64,7 +64,7 @@ def observe(source: BuildInput, videos: tuple[Path, ...], reporter: Reporter) ->
     generated scene."""
     seconds = source.streaming.chunk_seconds
     chunks = sample_chunks(
-        find_videos(videos), source.preprocess, chunk_seconds=seconds, count=CALIBRATION_CHUNKS
+        find_videos(videos), source.preprocess, chunk_seconds=seconds, count=RANGE_CHUNKS
     )
     return observe_activations(
         source.checkpoint,

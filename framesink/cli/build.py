@@ -65,8 +65,15 @@ PRECISION = click.Choice(["fp16", "fp8", "int8", "int8-weight-only", "int4-weigh
     "calibration_videos",
     type=click.Path(path_type=Path),
     multiple=True,
-    help="Video to observe the model on; may be given again. Default: a generated scene.",
+    help="Video, or folder of videos, to observe the model on; may be given again.  [default: a "
+    "generated scene]",
 )
+@click.option(
+    "--calibration-chunks",
+    type=POSITIVE,
+    help="Most chunks of it to calibrate on.  [default: 64]",
+)
+@click.option("--device", help="Where torch runs the model, such as cuda.  [default: cpu]")
 @click.option("--max-streams", type=POSITIVE, help="Streams in one step.  [default: 8]")
 @click.option("--max-context", type=POSITIVE, help="Tokens of a stream.  [default: 16384]")
 @click.option("--max-prefill", type=POSITIVE, help="New tokens in one step.  [default: 1024]")

@@ -1,0 +1,80 @@
+"""Quantize a 16-bit checkpoint in the course of a build."""
+
+from pathlib import Path
+
+from framesink.build.options import BuildOptions
+from framesink.build.reporter import Reporter
+from framesink.build.source import BuildInput
+from framesink.calibration.observers import Observer
+from framesink.calibration.quantize import QuantizeSummary, quantize_checkpoint
+from framesink.calibration.recipe import Recipe
+from framesink.calibration.statistics import Statistics
+from framesink.runtime.manifest import Limits
+from framesink.runtime.models.checkpoint import Checkpoint
+
+
+def calibrate(
+    source: BuildInput, options: BuildOptions, limits: Limits, reporter: Reporter
+) -> Statistics:
+    """Stream the calibration video through the checkpoint in torch and record every layer.
+
+    Raises what `framesink.calibration.streaming.observe_streaming` raises.
+    """
+    # Imported here: only calibration needs torch.
+    from framesink.calibration.recorded_turns import StreamSettings
+    from framesink.calibration.streaming import observe_streaming
+
+    settings = StreamSettings(
+        source.checkpoint.config,
+        source.protocol,
+        source.preprocess,
+        source.streaming.defaults,
+        limits,
+    )
+    return observe_streaming(
+        source.checkpoint,
+        settings,
+        options.calibration_videos,
+        chunks=options.calibration_chunks,
+        device=options.device,
+        on_progress=reporter.progress,
+    )
+
+
+def quantize(
+    source: BuildInput,
+    recipe: Recipe,
+    statistics: Statistics | None,
+    options: BuildOptions,
+    directory: Path,
+    reporter: Reporter,
+) -> tuple[Checkpoint, list[str]]:
+    """Write the quantized checkpoint to `directory`; also returns what a person should know of it.
+
+    Raises what `framesink.calibration.quantize.quantize_checkpoint` raises.
+    """
+    summary = quantize_checkpoint(
+        source.checkpoint,
+        statistics,
+        recipe,
+        directory,
+        observer=Observer(options.observer or Observer.ABSMAX),
+        on_progress=reporter.progress,
+    )
+    return Checkpoint.open(directory), _notes(summary)
+
+
+def _notes(summary: QuantizeSummary) -> list[str]:
+    notes = [
+        f"{len(names)} linear layers are held otherwise than asked for, in {reason}."
+        for reason, names in summary.replaced.items()
+    ]
+    dead = {
+        "output channels of weights": summary.dead_rows,
+        "input channels": summary.dead_inputs,
+        "channels of K and heads of V": summary.dead_cache,
+    }
+    found = ", ".join(f"{count} {name}" for name, count in dead.items() if count)
+    if found:
+        notes.append(f"Always 0 on the calibration video, and given the smallest scale: {found}.")
+    return notes
