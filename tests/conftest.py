@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: a tiny checkpoint and the engine bundle built from it."""
 
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     from framesink.runtime.manifest import ComputeType
+
+# The models are tiny: threads that spin for each other cost ten times what they bring, above all
+# where tests run side by side. Read when torch loads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
