@@ -43,7 +43,8 @@ class FakeLinear:
     int4_group: int = INT4_GROUP
 
     def weight(self, weight: Tensor) -> Tensor:
-        """The weight `[out, in]` after quantization, for smoothed inputs."""
+        """The weight `[out, in]` after quantization in float32, for smoothed inputs."""
+        weight = weight.float()
         if self.pre_quant_scale is not None:
             weight = weight / self._smoothing(weight)
         number_format = _WEIGHT_FORMATS[self.scheme]
@@ -87,7 +88,7 @@ class FakeQuantization(PlainNumerics):
         if fake is None or fake.scheme is LinearScheme.UNQUANTIZED:
             return functional.linear(inputs, weight, bias)
         if name not in self._weights:
-            self._weights[name] = fake.weight(weight)
+            self._weights[name] = fake.weight(weight).to(weight.dtype)
         return functional.linear(fake.inputs(inputs), self._weights[name], bias)
 
     def stored_keys(self, layer: int, keys: Tensor, bias: Tensor, rotary: Rotary) -> Tensor:
