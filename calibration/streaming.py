@@ -11,16 +11,18 @@ from framesink.calibration.fingerprint import checkpoint_fingerprint
 from framesink.calibration.recorded_turns import StreamSettings
 from framesink.calibration.statistics import Statistics
 from framesink.calibration.torch_executor import DEFAULT_PAGE_SIZE, TorchExecutor
-from framesink.calibration.videos import find_videos, open_streams
+from framesink.calibration.videos import (
+    DEFAULT_CHUNKS,
+    DEFAULT_MINIMUM_CHUNKS,
+    find_videos,
+    open_streams,
+)
 from framesink.runtime.engine import StreamingEngine
 from framesink.runtime.errors import CheckpointError, OptionError, VideoError
 from framesink.runtime.events import EventKind
 from framesink.runtime.models.checkpoint import Checkpoint
 from framesink.runtime.sampler import SamplingParams
 from framesink.runtime.video import Chunk
-
-DEFAULT_CHUNKS = 64
-DEFAULT_MINIMUM_CHUNKS = 16
 
 
 def observe_streaming(

@@ -11,6 +11,9 @@ from framesink.runtime.errors import VideoError
 from framesink.runtime.preprocess import PreprocessConfig
 from framesink.runtime.video import Chunk, ChunkStream, open_source
 
+# How many chunks calibration watches, and the least it is satisfied with.
+DEFAULT_CHUNKS = 64
+DEFAULT_MINIMUM_CHUNKS = 16
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".ts", ".webm"})
 
 
