@@ -51,8 +51,7 @@ def observe_model(
     def watch(name: str, module: "torch.nn.Module") -> None:
         def before(_: "torch.nn.Module", arguments: tuple["torch.Tensor", ...]) -> None:
             rows = arguments[0]
-            if name != "lm_head":
-                collector.linear_input(name, rows.reshape(-1, rows.shape[-1]))
+            collector.linear_input(name, rows.reshape(-1, rows.shape[-1]))
 
         def after(
             layer: "torch.nn.Linear", _: tuple["torch.Tensor", ...], output: "torch.Tensor"
