@@ -1,0 +1,226 @@
+"""What `framesink calibrate` does where something is quantized: observe, rank, write."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from framesink.build.limits import choose_limits
+from framesink.build.options import BuildOptions, ObserverName
+from framesink.build.quality import INSTALL_HINT
+from framesink.build.reporter import Reporter
+from framesink.build.source import BuildInput, check_streams
+from framesink.calibration.fingerprint import checkpoint_fingerprint
+from framesink.calibration.layouts import Layout
+from framesink.calibration.observers import Observer
+from framesink.calibration.quantize import (
+    QuantizeSummary,
+    needs_statistics,
+    quantize_checkpoint,
+)
+from framesink.calibration.recipe import Recipe
+from framesink.calibration.recorded_turns import StreamSettings
+from framesink.calibration.statistics import Statistics
+from framesink.calibration.statistics_files import (
+    STATISTICS_NAME,
+    load_statistics,
+    save_statistics,
+)
+from framesink.calibration.videos import (
+    DEFAULT_CHUNKS,
+    DEFAULT_MINIMUM_CHUNKS,
+    find_videos,
+    open_streams,
+)
+from framesink.runtime.errors import BuildError, CheckpointError, OptionError, OutputError
+
+# What needs torch is imported where it is used: weights alone are quantized without it.
+if TYPE_CHECKING:
+    from framesink.calibration.sensitivity import GroupSensitivity, SensitivityReport
+
+RECIPE_NAME = "recipe.toml"
+# Every layer runs them all again, so they are few; the windows are full by then.
+SENSITIVITY_CHUNKS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationOptions:
+    """How a checkpoint is observed and written; see the options of `framesink calibrate`."""
+
+    observer: ObserverName = "absmax"
+    chunks: int = DEFAULT_CHUNKS
+    min_chunks: int = DEFAULT_MINIMUM_CHUNKS
+    statistics: Path | None = None
+    layout: Literal["framesink", "modelopt", "tensorrt-llm"] = "framesink"
+    sensitivity: bool = False
+    keep_for_kl: float | None = None
+    keep_bytes: int | None = None
+    device: str = "cpu"
+
+    def check(self) -> None:
+        """Raise OptionError for options that contradict each other."""
+        if self.keep_for_kl is not None and self.keep_bytes is not None:
+            raise OptionError("--keep-for-kl and --keep-bytes are two budgets; give one of them.")
+        budgeted = self.keep_for_kl is not None or self.keep_bytes is not None
+        if budgeted and not self.sensitivity:
+            raise OptionError("--keep-for-kl and --keep-bytes need --sensitivity.")
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationResult:
+    """What was seen (None: weights alone are quantized), what was ranked if that was asked for,
+    which layers stay in 16-bit because of it, and what was written to `output` by `recipe`."""
+
+    output: Path
+    recipe: Recipe
+    statistics: Statistics | None
+    sensitivity: "SensitivityReport | None"
+    kept: "tuple[GroupSensitivity, ...]"
+    summary: QuantizeSummary
+
+
+def run_calibration(
+    build: BuildOptions,
+    options: CalibrationOptions,
+    source: BuildInput,
+    recipe: Recipe,
+    reporter: Reporter,
+) -> CalibrationResult:
+    """Quantize the checkpoint `source` by `recipe` and write it to `build.output`.
+
+    Raises OptionError for options that make no sense, CheckpointError for a checkpoint that cannot
+    be quantized, VideoError for video that cannot be used, CapacityError where a stream does not
+    fit, and OutputError if nothing can be written.
+    """
+    options.check()
+    statistics: Statistics | None = None
+    report: SensitivityReport | None = None
+    kept: tuple[GroupSensitivity, ...] = ()
+    if options.sensitivity or needs_statistics(recipe.resolve(source.checkpoint.config)):
+        observation = _Observation(build, options, source, reporter)
+        statistics = observation.observe()
+        if options.sensitivity:
+            recipe, report, kept = observation.keep_the_worst(recipe, statistics)
+    reporter.stage("quantize weights")
+    summary = quantize_checkpoint(
+        source.checkpoint,
+        statistics,
+        recipe,
+        build.output,
+        layout=Layout(options.layout),
+        observer=Observer(options.observer),
+        force=build.force,
+        on_progress=reporter.progress,
+    )
+    recipe.write(build.output / RECIPE_NAME)
+    return CalibrationResult(build.output, recipe, statistics, report, kept, summary)
+
+
+class _Observation:
+    """All that needs the model to run in torch."""
+
+    def __init__(
+        self,
+        build: BuildOptions,
+        options: CalibrationOptions,
+        source: BuildInput,
+        reporter: Reporter,
+    ) -> None:
+        _check_device(options.device)
+        checkpoint = source.checkpoint
+        limits = choose_limits(build, checkpoint.config, source.preprocess, source.streaming)
+        check_streams(source, limits, build.page_size)
+        self.options = options
+        self.checkpoint = checkpoint
+        self.reporter = reporter
+        self.videos = find_videos(build.calibration_videos)
+        self.settings = StreamSettings(
+            checkpoint.config,
+            source.protocol,
+            source.preprocess,
+            source.streaming.defaults,
+            limits,
+        )
+
+    def observe(self) -> Statistics:
+        """What an earlier run kept, or what the video shows."""
+        from framesink.calibration.streaming import observe_streaming
+
+        options, kept = self.options, self.options.statistics
+        if kept is not None and (kept / STATISTICS_NAME).is_file():
+            statistics = load_statistics(kept)
+            if statistics.checkpoint != checkpoint_fingerprint(self.checkpoint):
+                raise CheckpointError(
+                    f"The statistics in {kept} are those of another checkpoint than "
+                    f"{self.checkpoint.directory}; name another directory."
+                )
+            self.reporter.note(f"Uses the statistics in {kept} ({statistics.source}).")
+            return statistics
+        self.reporter.stage("observe video")
+        statistics = observe_streaming(
+            self.checkpoint,
+            self.settings,
+            self.videos,
+            chunks=options.chunks,
+            minimum_chunks=options.min_chunks,
+            device=options.device,
+            on_progress=self.reporter.progress,
+        )
+        if kept is not None:
+            _keep(statistics, kept)
+        return statistics
+
+    def keep_the_worst(
+        self, recipe: Recipe, statistics: Statistics
+    ) -> "tuple[Recipe, SensitivityReport, tuple[GroupSensitivity, ...]]":
+        """Rank the layers over the beginning of the first video; keep what the budget allows."""
+        from framesink.calibration.sensitivity import keep_in_recipe, measure_sensitivity
+        from framesink.calibration.simulation import simulate_linears
+
+        options = self.options
+        self.reporter.stage("rank layers")
+        linears = simulate_linears(
+            self.checkpoint,
+            statistics,
+            recipe.resolve(self.checkpoint.config),
+            observer=Observer(options.observer),
+            alpha=recipe.smoothquant_alpha,
+        )
+        seconds = self.settings.defaults.chunk_seconds
+        stream = open_streams(self.videos, self.settings.preprocess, seconds)[0]
+        report = measure_sensitivity(
+            self.checkpoint,
+            linears,
+            self.settings,
+            islice(stream, SENSITIVITY_CHUNKS),
+            device=options.device,
+            on_progress=self.reporter.progress,
+        )
+        kept: tuple[GroupSensitivity, ...] = ()
+        if options.keep_for_kl is not None:
+            kept = report.keep_for_kl(options.keep_for_kl)
+        elif options.keep_bytes is not None:
+            kept = report.keep_for_bytes(options.keep_bytes)
+        return keep_in_recipe(recipe, kept), report, kept
+
+
+def _check_device(device: str) -> None:
+    """Raise BuildError if torch is missing, OptionError for a device that it cannot use."""
+    if find_spec("torch") is None:
+        raise BuildError(f"Calibrating a checkpoint needs torch; install it with {INSTALL_HINT}.")
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OptionError(f"torch cannot use --device {device}: {reason}") from error
+
+
+def _keep(statistics: Statistics, directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        save_statistics(statistics, directory)
+    except OSError as error:
+        raise OutputError(f"Cannot write {directory}: {error.strerror or error}.") from error
