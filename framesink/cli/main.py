@@ -18,7 +18,7 @@ INTERRUPTED = 130
 # Name of the command: where it is, and what it does.
 COMMANDS = {
     "build": ("framesink.cli.build:build", "Build an engine bundle from a checkpoint."),
-    "calibrate": ("framesink.cli.calibrate:calibrate", "Observe a checkpoint on video and quantize it."),
+    "calibrate": ("framesink.cli.calibrate:calibrate", "Observe and quantize a checkpoint."),
     "inspect": ("framesink.cli.inspect:inspect", "Show what an engine bundle holds."),
     "verify": ("framesink.cli.verify:verify", "Check an engine bundle."),
     "stream": ("framesink.cli.stream:stream", "Caption a live video in the terminal."),
