@@ -21,6 +21,7 @@ def print_build_summary(summary: BuildSummary, console: Console) -> None:
     for stage in summary.stages:
         stages.add_row(stage.name, f"{stage.seconds:.1f} s", format_bytes(stage.peak_memory))
     console.print(stages)
+    _print_verification(Bundle(summary.output, summary.manifest), console)
     for note in summary.notes:
         console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
     plans = summary.manifest.language_model.plans
