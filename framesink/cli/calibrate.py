@@ -117,8 +117,8 @@ def calibrate(
     if build.quantizes:
         _quantize(build, given)
         return
-    for name in given:
-        option = name.replace("_", "-")
+    if given:
+        option = next(iter(given)).replace("_", "-")
         raise OptionError(
             f"--{option} has no effect where nothing is quantized; give a precision or a recipe."
         )
