@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from framesink.runtime.models.checkpoint import WEIGHTS_NAME, Checkpoint
 from framesink.runtime.models.weights import canonical_name
 
-DEFAULT_SIZE = 30.0
+DEFAULT_SIZE = 100.0
 DEFAULT_PAIRS = 2
 
 

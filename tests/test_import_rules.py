@@ -23,7 +23,7 @@ FORBIDDEN = {
     ),
     "calibration": ("framesink.build", "framesink.cli"),
     "build": ("framesink.cli",),
-    "demo": ("framesink.build", "framesink.calibration", "framesink.cli"),
+    "demo": ("framesink.build", "framesink.cli"),
 }
 
 
