@@ -89,7 +89,9 @@ def _choose(
     weight_amax = column_amax(checkpoint, names)
     if alpha == "search":
         weights = [checkpoint.read(name) for name in names]
-        alpha = search_alpha(weights, weight_amax, inputs.amax, inputs.mean_square)
+        alpha = search_alpha(
+            weights, weight_amax, inputs.amax, inputs.mean_square, statistics.chunks
+        )
     return alpha, smoothing_factors(inputs.amax, weight_amax, alpha)
 
 

@@ -114,26 +114,32 @@ def search_alpha(
     weight_amax: Float32Array,
     input_amax: Float32Array,
     mean_square: Float32Array,
+    chunks: int,
 ) -> float:
     """The α of `ALPHAS` with the least expected error of a group's outputs; the smallest of equals.
 
     What is minimised is the expected squared error, summed over the outputs of all `weights`
-    `[out, in]` (over at most `SEARCH_ROWS` rows of each, evenly spaced),
+    `[out, in]` (over at most `SEARCH_ROWS` rows of each, evenly spaced), of three causes:
 
-        Σ_o Σ_j  e_oj² · E[x_j²] / s_j²  +  (s_j·w_oj)² · min(Δ²/12, E[x_j²] / s_j²)
+        Σ_o Σ_j  e_oj² · E[x_j²] / s_j²                             weights rounded
+               + (s_j·w_oj)² · min(Δ²/12, E[x_j²] / s_j²)           inputs rounded
+               + w_oj² · 2σ_j²/n · exp(−(s_j·r − a_j) / σ_j)        inputs saturated
 
-    where e is the error of the smoothed weight when it is rounded to INT8 per output channel, which
-    is calculated, and Δ the step of the smoothed input. Rounding errors of inputs are taken to be
-    uniform and independent, hence Δ²/12, but no larger than the channel itself. `weight_amax` and
-    `input_amax` are as in `smoothing_factors`; `mean_square` float32 `[in]` is E[x_j²].
+    e is the error of the smoothed weight when it is rounded to INT8 per output channel, which is
+    calculated. r is the largest smoothed input and Δ = r/127 the step: rounding errors are taken to
+    be uniform and independent, hence Δ²/12, but no larger than the channel itself. The third line
+    is about video that calibration has not seen: a channel is taken to have an exponential tail of
+    which calibration saw n = `chunks` independent samples, the largest being a_j, so that
+    σ_j = a_j / ln n. Without it α = 1 looks good, which leaves no channel any headroom.
+
+    `weight_amax` and `input_amax` (a_j) are as in `smoothing_factors`; `mean_square` float32 `[in]`
+    is E[x_j²].
     """
     samples = [_sample_rows(weight) for weight in weights]
-    errors = {
-        alpha: output_error(
-            samples, input_amax, mean_square, smoothing_factors(input_amax, weight_amax, alpha)
-        )
-        for alpha in ALPHAS
-    }
+    errors = {}
+    for alpha in ALPHAS:
+        factors = smoothing_factors(input_amax, weight_amax, alpha)
+        errors[alpha] = output_error(samples, input_amax, mean_square, chunks, factors)
     return min(errors, key=lambda alpha: errors[alpha])
 
 
@@ -141,12 +147,17 @@ def output_error(
     weights: Sequence[Float32Array],
     input_amax: Float32Array,
     mean_square: Float32Array,
+    chunks: int,
     factors: Float32Array,
 ) -> float:
     """The expected squared error that `search_alpha` minimises, for given `pre_quant_scale`."""
     smoothed_square = mean_square * np.square(factors)
-    step = scale_of(clamp_dead((input_amax * factors).max().reshape(1))[0], INT8)[0]
-    input_error = np.minimum(np.square(step) / 12.0, smoothed_square)
+    smoothed_amax = clamp_dead(input_amax * factors)[0]
+    largest = smoothed_amax.max()
+    step = scale_of(largest.reshape(1), INT8)[0]
+    tail = smoothed_amax / np.float32(np.log(max(chunks, 2)))
+    saturation = 2.0 / chunks * np.square(tail) * np.exp((smoothed_amax - largest) / tail)
+    input_error = np.minimum(np.square(step) / 12.0, smoothed_square) + saturation
     total = 0.0
     for weight in weights:
         smoothed = weight / factors

@@ -1,5 +1,6 @@
 """SmoothQuant's factors, the search for α, and folding."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,11 +89,12 @@ def test_centering_keeps_ratios(factors: np.ndarray) -> None:
 
 
 def _expected_error(
-    weight: np.ndarray, amax_x: np.ndarray, square: np.ndarray, factors: np.ndarray
+    weight: np.ndarray, amax_x: np.ndarray, square: np.ndarray, factors: np.ndarray, chunks: int
 ) -> float:
     """The formula of `search_alpha`, in plain loops of float64."""
     rows, inputs = weight.shape
-    step = max(amax_x[j] * factors[j] for j in range(inputs)) / 127
+    largest = max(amax_x[j] * factors[j] for j in range(inputs))
+    step = largest / 127
     total = 0.0
     for o in range(rows):
         smoothed = [weight[o, j] / factors[j] for j in range(inputs)]
@@ -101,6 +103,9 @@ def _expected_error(
             own = square[j] * factors[j] ** 2
             error = round(smoothed[j] / scale) * scale - smoothed[j]
             total += error**2 * own + smoothed[j] ** 2 * min(step**2 / 12, own)
+            tail = amax_x[j] / math.log(chunks)
+            beyond = math.exp(-(largest / factors[j] - amax_x[j]) / tail)
+            total += weight[o, j] ** 2 * 2 * tail**2 / chunks * beyond
     return total
 
 
@@ -114,36 +119,40 @@ def test_the_search_minimises_what_it_says(seed: int) -> None:
     errors = {}
     for alpha in ALPHAS:
         factors = smoothing_factors(amax_x, weight_amax, alpha)
-        errors[alpha] = _expected_error(
-            *(array.astype(np.float64) for array in (weight, amax_x, square, factors))
-        )
-        found = output_error([weight], amax_x, square, factors)
+        exact = (array.astype(np.float64) for array in (weight, amax_x, square, factors))
+        errors[alpha] = _expected_error(*exact, 40)
+        found = output_error([weight], amax_x, square, 40, factors)
         assert found == pytest.approx(errors[alpha], rel=1e-2)
-    alpha = search_alpha([weight], weight_amax, amax_x, square)
+    alpha = search_alpha([weight], weight_amax, amax_x, square, 40)
     assert errors[alpha] <= 1.01 * min(errors.values())
 
 
-def test_the_search_lowers_the_error_that_quantized_layers_really_make() -> None:
-    """Against layers that are quantized and run on inputs drawn at random, with outliers."""
-    random = np.random.default_rng(3)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_search_suits_inputs_that_were_not_calibrated_on(seed: int) -> None:
+    """Layers quantized by few inputs with outlier channels, and run on many others."""
+    random = np.random.default_rng(seed)
     spread = np.exp(random.normal(size=64))
     spread[:3] *= 30.0
-    inputs = (random.normal(size=(512, 64)) * spread).astype(np.float32)
+    inputs = (random.laplace(size=(4096, 64)) * spread).astype(np.float32)
+    seen, unseen = inputs[:64], inputs[64:]
     weight = random.normal(size=(48, 64)).astype(np.float32)
-    amax_x, weight_amax = np.abs(inputs).max(axis=0), np.abs(weight).max(axis=0)
+    amax_x, weight_amax = np.abs(seen).max(axis=0), np.abs(weight).max(axis=0)
 
     def rounded(values: np.ndarray, largest: np.ndarray) -> np.ndarray:
-        return np.rint(values * (127 / largest)) * (largest / 127)
+        return np.clip(np.rint(values * (127 / largest)), -128, 127) * (largest / 127)
 
     def real_error(factors: np.ndarray) -> float:
-        x, w = inputs * factors, weight / factors
-        outputs = rounded(x, np.abs(x).max()) @ rounded(w, np.abs(w).max(axis=1)[:, None]).T
-        return float(np.square(outputs - inputs @ weight.T).mean())
+        x, w = unseen * factors, weight / factors
+        quantized = rounded(x, (amax_x * factors).max())
+        outputs = quantized @ rounded(w, np.abs(w).max(axis=1)[:, None]).T
+        return float(np.square(outputs - unseen @ weight.T).mean())
 
-    alpha = search_alpha([weight], weight_amax, amax_x, np.square(inputs).mean(axis=0))
+    square = np.square(seen).mean(axis=0)
+    alpha = search_alpha([weight], weight_amax, amax_x, square, len(seen))
     errors = {a: real_error(smoothing_factors(amax_x, weight_amax, a)) for a in ALPHAS}
-    assert errors[alpha] < 1.1 * min(errors.values())
-    assert errors[alpha] < 0.2 * real_error(np.ones(64, dtype=np.float32))
+    assert errors[alpha] < 2.0 * min(errors.values())
+    assert errors[alpha] < real_error(np.ones(64, dtype=np.float32))
+    assert errors[alpha] < 0.7 * errors[1.0]  # ModelOpt's default
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
