@@ -16,7 +16,7 @@ from framesink.calibration.torch_layers import TorchLayers, attend, rotate
 from framesink.calibration.torch_vision import TorchVisionEncoder
 from framesink.calibration.torch_weights import TorchWeights
 from framesink.runtime.arrays import Float32Array, Int32Array
-from framesink.runtime.errors import CapacityError
+from framesink.runtime.errors import CapacityError, CheckpointError
 from framesink.runtime.executors.base import ContextView, SequenceInput
 from framesink.runtime.models.checkpoint import Checkpoint
 from framesink.runtime.models.weights import EMBEDDING, FINAL_NORM, layer_name, output_projection
@@ -55,8 +55,13 @@ class TorchExecutor:
     ) -> None:
         """`dtype` is that of weights, activations and pages; `taps` watch, `numerics` calculate.
 
-        Raises CapacityError if the pages do not fit into memory.
+        Raises CheckpointError for a quantized checkpoint, CapacityError if the pages do not fit
+        into memory.
         """
+        if checkpoint.quantization is not None:
+            raise CheckpointError(
+                f"{checkpoint.directory} is quantized, and torch runs 16-bit checkpoints alone."
+            )
         self.num_pages = num_pages
         self.page_size = page_size
         self._config = checkpoint.config

@@ -1,5 +1,6 @@
 """The torch executor against the graph, and against the dense reference over an endless stream."""
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,14 @@ from reference.parity import dense_stream
 from reference.recording import RecordingExecutor
 from reference.scenario import NUM_PAGES, Scenario
 
+from framesink.runtime.arrays import Float32Array
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.engine import StreamingEngine
+from framesink.runtime.errors import CapacityError, CheckpointError
 from framesink.runtime.executors import create_executor
 from framesink.runtime.executors.base import Executor
 from framesink.runtime.models.checkpoint import Checkpoint
+from framesink.runtime.models.quantization import Quantization
 
 torch = pytest.importorskip("torch", reason="the executor runs in torch")
 
@@ -91,3 +95,50 @@ def test_logits_are_those_of_the_executed_graph(tiny_checkpoint: Path, tiny_bund
             assert found.logits is None
         else:
             np.testing.assert_allclose(found.logits, expected.logits, atol=5e-4)
+
+
+def _logits(checkpoint: Path, bundle: Bundle, **options: object) -> list[Float32Array]:
+    """Every step's logits over three chunks of the scenario."""
+    recorder = RecordingExecutor(
+        TorchExecutor(Checkpoint.open(checkpoint), num_pages=NUM_PAGES, **options)
+    )
+    with _engine(bundle, recorder) as engine:
+        session = EVICTING.open_session(engine)
+        for number in range(3):
+            session.push_chunk(EVICTING.chunk(number))
+            list(session)
+    return [step.logits for step in recorder.take() if step.logits is not None]
+
+
+def test_weights_that_are_not_kept_give_the_same(
+    tiny_checkpoint: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a large model's on a CPU, each converted when it is used."""
+    bundle = Bundle.open(tiny_bundle, check="sizes")
+    kept = _logits(tiny_checkpoint, bundle)
+    monkeypatch.setattr("framesink.calibration.torch_weights.KEPT_BYTES", 0)
+    for expected, found in zip(kept, _logits(tiny_checkpoint, bundle), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.1), ("float16", 0.02)])
+def test_half_types_are_near(
+    tiny_checkpoint: Path, tiny_bundle: Path, dtype: str, tolerance: float
+) -> None:
+    bundle = Bundle.open(tiny_bundle, check="sizes")
+    expected = _logits(tiny_checkpoint, bundle)[0]
+    found = _logits(tiny_checkpoint, bundle, dtype=getattr(torch, dtype))[0]
+    assert found.dtype == np.float32
+    difference = np.abs(found - expected).max() / np.abs(expected).max()
+    assert 0.0 < difference < tolerance
+
+
+def test_pages_that_do_not_fit_into_memory(tiny_checkpoint: Path) -> None:
+    with pytest.raises(CapacityError, match="GB"):
+        TorchExecutor(Checkpoint.open(tiny_checkpoint), num_pages=10**10)
+
+
+def test_a_quantized_checkpoint_is_refused(tiny_checkpoint: Path) -> None:
+    checkpoint = dataclasses.replace(Checkpoint.open(tiny_checkpoint), quantization=Quantization())
+    with pytest.raises(CheckpointError, match="16-bit checkpoints alone"):
+        TorchExecutor(checkpoint, num_pages=8)
