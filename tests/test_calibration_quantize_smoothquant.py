@@ -152,7 +152,7 @@ def test_the_search_suits_inputs_that_were_not_calibrated_on(seed: int) -> None:
     errors = {a: real_error(smoothing_factors(amax_x, weight_amax, a)) for a in ALPHAS}
     assert errors[alpha] < 2.0 * min(errors.values())
     assert errors[alpha] < real_error(np.ones(64, dtype=np.float32))
-    assert errors[alpha] < 0.7 * errors[1.0]  # ModelOpt's default
+    assert errors[alpha] < 0.9 * errors[1.0]  # ModelOpt's default
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
