@@ -74,11 +74,12 @@ class Verification(BaseModel):
     def check(self, gate: QualityGate) -> None:
         """Raises VerificationError, with what was measured and asked, where the gate is not
         reached."""
-        measured = f"top-1 agreement {self.top1:.4f}, mean KL {self.kl:.4g}"
         if not (self.top1 >= gate.top1 and self.kl <= gate.kl):
             raise VerificationError(
-                f"The bundle is too far from {self.reference}: measured {measured} nats over "
-                f"{self.tokens} tokens, asked {gate}."
+                f"The bundle is too far from {self.reference}: top-1 agreement {self.top1:.4f} and "
+                f"mean KL {self.kl:.4g} nats over {self.tokens} tokens ({self.source}), asked "
+                f"{gate}; quantize less, ask for less with --gate, or judge it on video of the "
+                "kind it is for."
             )
 
     def write(self, directory: Path) -> None:
