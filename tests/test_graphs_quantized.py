@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import ml_dtypes
 import numpy as np
 import onnx_ir
+import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from reference.compiling import compile_graph
@@ -15,9 +17,11 @@ from reference.graph_files import LANGUAGE_MODEL, VISION_ENCODER, load_executor,
 from reference.paged_stream import Conversation, PagedStream, make_conversation
 from reference.quantized_checkpoint import load_quantized_model, write_quantized_checkpoint
 
+from framesink.build.graphs.layers import GraphAuthor
 from framesink.build.random_checkpoint import SIZES, write_random_checkpoint
 from framesink.runtime.errors import BuildError
 from framesink.runtime.executors.onnxruntime import OnnxRuntimeExecutor
+from framesink.runtime.manifest import ComputeType
 from framesink.runtime.models.quantization import (
     CacheScheme,
     LinearScheme,
@@ -159,6 +163,21 @@ def test_the_graph_says_how_pages_are_typed(
     graph = onnx_ir.load(tmp_path / LANGUAGE_MODEL).graph
     assert {v.dtype for v in graph.inputs if "_pages." in (v.name or "")} == {pages}
     assert {v.dtype for v in graph.outputs if "_new." in (v.name or "")} == {rows}
+
+
+@pytest.mark.parametrize("compute_type", ["float16", "float32"])
+def test_every_fp8_byte_is_read_exactly(compute_type: ComputeType, tmp_path: Path) -> None:
+    author = GraphAuthor("bytes", {}, compute_type)
+    stored = author.input("stored", (256,), onnx_ir.DataType.INT8)
+    author.output(author.decode_fp8(stored), "values", (256,), author.compute_type)
+    onnx_ir.save(author.finish(), tmp_path / "bytes.onnx")
+    codes = np.arange(256, dtype=np.uint8)
+    session = onnxruntime.InferenceSession(tmp_path / "bytes.onnx")
+    (values,) = session.run(None, {"stored": codes.view(np.int8)})
+    expected = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    numbers = np.isfinite(expected)
+    assert numbers.sum() == 254
+    np.testing.assert_array_equal(values[numbers], expected[numbers])
 
 
 # TensorRT.

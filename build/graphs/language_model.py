@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -84,13 +83,6 @@ class _LanguageModelAuthor(GraphAuthor):
     def _one(self) -> ir.Value:
         """The scale of codes whose real scales are applied apart."""
         return self.constant("one", np.ones((), np.float32))
-
-    @cached_property
-    def _fp8_values(self) -> ir.Value:
-        """What each byte means as E4M3, from byte -128 (as int8) on."""
-        codes = np.arange(-128, 128, dtype=np.int8).view(ml_dtypes.float8_e4m3fn)
-        # The two NaN codes never occur: finite rows saturate.
-        return self.constant("fp8_values", np.nan_to_num(codes.astype(np.float32), nan=0.0))
 
     def author(self) -> ir.Model:
         config = self.config
@@ -202,9 +194,7 @@ class _LanguageModelAuthor(GraphAuthor):
         """The numbers that gathered codes stand for, in the compute type."""
         if self.quantization.cache is CacheScheme.INT8:
             return self.op.DequantizeLinear(context, self._one)
-        # FP8 can be gathered by neither reader, nor can bytes be declared FP8 afterwards.
-        place = self.op.Add(self.op.Cast(context, to=ir.DataType.INT32), 128)
-        return self.op.Gather(self._fp8_values, place, axis=0)
+        return self.decode_fp8(context)
 
     def _cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         return value if self.cache_type == self.compute_type else self.op.Cast(value, to=dtype)

@@ -8,6 +8,7 @@ Nodes are named by the scope they were emitted in (`layers.0/self_attn/q_proj/Ma
 name in a viewer, a profile or a builder's message leads back to the code.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol, TypeAlias
@@ -179,6 +180,28 @@ class GraphAuthor:
     def quantize(self, x: ir.Value, scale: ir.Value, code_type: ir.DataType) -> ir.Value:
         """Codes of `x / scale`: nearest, ties to even, saturating."""
         return self.op.QuantizeLinear(x, scale, output_dtype=code_type)
+
+    def decode_fp8(self, stored: ir.Value) -> ir.Value:
+        """The E4M3 numbers whose bytes are typed int8: sign, 4 bits of exponent e, 3 of mantissa m,
+        for m·2⁻⁹ where e is 0 and (8 + m)·2^(e−10) elsewhere.
+
+        No operator of both readers gathers FP8, or declares bytes to be FP8 afterwards. Arithmetic
+        is a third of the time of a table of 256 values, whose rows ONNX Runtime copies one by one.
+        """
+        code = self.op.Cast(stored, to=ir.DataType.FLOAT)
+        negative = self.op.Cast(self.op.Less(code, 0.0), to=ir.DataType.FLOAT)
+        magnitude = self.op.Add(code, self.op.Mul(negative, 128.0))
+        # max(e, 1) - 1, and then m or 8 + m.
+        doublings = self.op.Floor(self.op.Mul(self.op.Relu(self.op.Sub(magnitude, 8.0)), 1 / 8))
+        significand = self.op.Sub(magnitude, self.op.Mul(doublings, 8.0))
+        unit = self.op.Sub(2.0**-9, self.op.Mul(negative, 2.0**-8))
+        power = self.op.Exp(self.op.Mul(doublings, math.log(2)))
+        value = self.op.Mul(self.op.Mul(significand, unit), power)
+        # float16 holds every E4M3 number: it takes away the rounding of Exp.
+        exact = self.op.Cast(value, to=ir.DataType.FLOAT16)
+        if self.compute_type == ir.DataType.FLOAT16:
+            return exact
+        return self.op.Cast(exact, to=self.compute_type)
 
     def rms_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value:
         """RMSNorm over the last axis; the mean square is taken in float32 (`stash_type`)."""
