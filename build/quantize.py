@@ -4,7 +4,7 @@ from pathlib import Path
 
 from framesink.build.options import BuildOptions
 from framesink.build.reporter import Reporter
-from framesink.build.source import BuildInput
+from framesink.build.source import BuildInput, stream_settings
 from framesink.calibration.observers import Observer
 from framesink.calibration.quantize import QuantizeSummary, quantize_checkpoint
 from framesink.calibration.recipe import Recipe
@@ -21,19 +21,11 @@ def calibrate(
     Raises what `framesink.calibration.streaming.observe_streaming` raises.
     """
     # Imported here: only calibration needs torch.
-    from framesink.calibration.recorded_turns import StreamSettings
     from framesink.calibration.streaming import observe_streaming
 
-    settings = StreamSettings(
-        source.checkpoint.config,
-        source.protocol,
-        source.preprocess,
-        source.streaming.defaults,
-        limits,
-    )
     return observe_streaming(
         source.checkpoint,
-        settings,
+        stream_settings(source, limits),
         options.calibration_videos,
         chunks=options.calibration_chunks,
         device=options.device,

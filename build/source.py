@@ -13,6 +13,7 @@ from framesink.build.options import RANGE_CHUNKS
 from framesink.build.reporter import Reporter
 from framesink.calibration.activation_range import observe_activations
 from framesink.calibration.ranges import ActivationRanges
+from framesink.calibration.recorded_turns import StreamSettings
 from framesink.calibration.samples import sample_chunks
 from framesink.calibration.videos import find_videos
 from framesink.runtime.errors import CheckpointError
@@ -74,6 +75,17 @@ def observe(source: BuildInput, videos: tuple[Path, ...], reporter: Reporter) ->
         chunk_seconds=seconds,
         source=", ".join(video.name for video in videos) or "generated scene",
         on_progress=reporter.progress,
+    )
+
+
+def stream_settings(source: BuildInput, limits: Limits) -> StreamSettings:
+    """How calibration streams a checkpoint: as it will be served, within `limits`."""
+    return StreamSettings(
+        source.checkpoint.config,
+        source.protocol,
+        source.preprocess,
+        source.streaming.defaults,
+        limits,
     )
 
 

@@ -10,7 +10,7 @@ from framesink.build.limits import choose_limits
 from framesink.build.options import BuildOptions, ObserverName
 from framesink.build.quality import INSTALL_HINT
 from framesink.build.reporter import Reporter
-from framesink.build.source import BuildInput, check_streams
+from framesink.build.source import BuildInput, check_streams, stream_settings
 from framesink.calibration.fingerprint import checkpoint_fingerprint
 from framesink.calibration.layouts import Layout
 from framesink.calibration.observers import Observer
@@ -20,7 +20,6 @@ from framesink.calibration.quantize import (
     quantize_checkpoint,
 )
 from framesink.calibration.recipe import Recipe
-from framesink.calibration.recorded_turns import StreamSettings
 from framesink.calibration.statistics import Statistics
 from framesink.calibration.statistics_files import (
     STATISTICS_NAME,
@@ -135,13 +134,7 @@ class _Observation:
         self.checkpoint = checkpoint
         self.reporter = reporter
         self.videos = find_videos(build.calibration_videos)
-        self.settings = StreamSettings(
-            checkpoint.config,
-            source.protocol,
-            source.preprocess,
-            source.streaming.defaults,
-            limits,
-        )
+        self.settings = stream_settings(source, limits)
 
     def observe(self) -> Statistics:
         """What an earlier run kept, or what the video shows."""
