@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 from framesink.runtime.errors import CapacityError
 from framesink.runtime.manifest import PART_NAMES, PartName
@@ -38,8 +39,8 @@ OBSERVED_COPIES = 2
 # the one in use (calibration/torch_weights.py).
 TORCH_BASE_BYTES = 700_000_000
 TORCH_KEPT_BYTES = 2_000_000_000
-# A weight in float32, scaled, and as codes while it is quantized.
-QUANTIZING_COPIES = 3
+# Blocks of rows in float32 and as codes, in a process that has loaded torch.
+QUANTIZING_BYTES = TORCH_BASE_BYTES + 300_000_000
 # What ONNX Runtime unpacks of unquantized weights when it loads a graph.
 EXECUTED_COPIES = 2
 OBSERVED_TOKENS = 1024
@@ -48,8 +49,8 @@ ACTIVATION_COPIES = 6
 
 @dataclass(frozen=True, slots=True)
 class StageEstimate:
-    """One stage of a build: its peak memory, and what it adds on disk, in bytes; and the option
-    that leaves it out, if one does."""
+    """One stage of a build: its peak memory, and what it adds on disk (below 0: removes), in bytes;
+    and the option that leaves it out, if one does."""
 
     name: str
     memory: int
@@ -70,8 +71,8 @@ class BuildEstimate:
 
     @property
     def disk(self) -> int:
-        """Bytes on disk at the end, those of a quantized checkpoint written on the way included."""
-        return sum(stage.disk for stage in self.stages)
+        """Most bytes on disk at any time."""
+        return max(accumulate(stage.disk for stage in self.stages))
 
     def check(self, *, available_memory: int, free_disk: int) -> None:
         """Raises CapacityError, with the figures, if the machine cannot carry the build."""
@@ -113,9 +114,12 @@ def estimate_build(
     if calibrate:
         stages.append(StageEstimate("calibrate", _torch_memory(config), 0))
     if quantize:
-        stages.append(StageEstimate("quantize", _quantizing_memory(config), weights))
+        stages.append(StageEstimate("quantize", QUANTIZING_BYTES, weights))
     stages.append(StageEstimate("write weights", PROCESS_BASE_BYTES, weights))
-    stages.append(StageEstimate("author graphs", 2 * PROCESS_BASE_BYTES, 0))
+    # The quantized checkpoint goes when its weights are in the bundle.
+    stages.append(
+        StageEstimate("author graphs", 2 * PROCESS_BASE_BYTES, -weights if quantize else 0)
+    )
     if gate:
         memory = _gate_memory(config, quantization)
         stages.append(StageEstimate("quality gate", memory, 0, "--no-gate"))
@@ -184,11 +188,6 @@ def _torch_memory(config: ModelConfig) -> int:
     largest = FLOAT_BYTES * max(math.prod(shape) for shape in shapes.values())
     kept = whole if whole <= TORCH_KEPT_BYTES else largest
     return TORCH_BASE_BYTES + kept + _activation_bytes(config)
-
-
-def _quantizing_memory(config: ModelConfig) -> int:
-    largest = max(math.prod(shape) for shape in quantizable_linears(config).values())
-    return TORCH_BASE_BYTES + FLOAT_BYTES * QUANTIZING_COPIES * largest
 
 
 def _gate_memory(config: ModelConfig, quantization: Quantization) -> int:

@@ -7,6 +7,7 @@ import pytest
 
 from framesink.build.estimate import BuildEstimate, StageEstimate, compiled_bytes, estimate_build
 from framesink.build.host import available_memory
+from framesink.calibration.recipe import Recipe
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.errors import CapacityError
 from framesink.runtime.models.config import ModelConfig, TextConfig, VisionConfig
@@ -69,6 +70,25 @@ def test_a_24_gb_host_takes_3b_and_refuses_7b() -> None:
     estimate_build(MODEL_7B, observe=True, plans=False).check(
         available_memory=4 * 10**9, free_disk=disk
     )
+
+
+def test_a_24_gb_host_takes_7b_in_fp8() -> None:
+    recipe = Recipe(language_model="fp8", vision_encoder="fp8")
+    estimate = estimate_build(
+        MODEL_7B,
+        observe=True,
+        plans=True,
+        quantization=recipe.resolve(MODEL_7B),
+        quantize=True,
+        calibrate=True,
+        gate=True,
+    )
+    estimate.check(available_memory=24 * 10**9, free_disk=20 * 10**9)
+    # Codes, and the head and the embedding in 16 bits.
+    compiled = compiled_bytes(MODEL_7B, recipe.resolve(MODEL_7B))
+    assert compiled["language_model"] == pytest.approx(7.62e9, rel=0.01)
+    with pytest.raises(CapacityError, match=r"stage: quality gate.*or --no-gate\.$"):
+        estimate.check(available_memory=18 * 10**9, free_disk=20 * 10**9)
 
 
 def test_the_sizes_estimated_are_those_written(tiny_bundle: Path) -> None:
