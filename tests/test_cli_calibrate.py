@@ -142,7 +142,7 @@ def test_sensitive_layers_stay_in_16_bit_within_a_budget(
     assert result.exit_code == 0, result.output
     assert "rank layers" in result.stderr
     assert "mean KL" in result.stdout
-    assert "stay in 16 bits" in result.stdout
+    assert "Kept in 16 bits, for" in result.stdout
     kept = Recipe.read(output / "recipe.toml").overrides
     assert kept
     assert set(kept.values()) == {"fp16"}
@@ -174,6 +174,7 @@ def test_too_little_video_leaves_nothing_behind(model: Path, tmp_path: Path) -> 
         (2, ("--sensitivity",), "--sensitivity has no effect"),
         (2, ("--precision", "fp16", "--min-chunks", 3), "--min-chunks has no effect"),
         (2, ("--precision", "fp8", "--keep-bytes", 9), "need --sensitivity"),
+        (2, ("--kv-precision", "int8", "--sensitivity"), "ranks linear layers"),
         (
             2,
             ("--precision", "fp8", "--sensitivity", "--keep-bytes", 9, "--keep-for-kl", 0.1),

@@ -96,7 +96,10 @@ def run_calibration(
     statistics: Statistics | None = None
     report: SensitivityReport | None = None
     kept: tuple[GroupSensitivity, ...] = ()
-    if options.sensitivity or needs_statistics(recipe.resolve(source.checkpoint.config)):
+    quantization = recipe.resolve(source.checkpoint.config)
+    if options.sensitivity and not quantization.linears:
+        raise OptionError("--sensitivity ranks linear layers, and none of them is to be quantized.")
+    if options.sensitivity or needs_statistics(quantization):
         observation = _Observation(build, options, source, reporter)
         statistics = observation.observe()
         if options.sensitivity:

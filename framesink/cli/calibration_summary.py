@@ -109,10 +109,16 @@ def _print_sensitivity(
         f"{report.chunks} chunks.",
         highlight=False,
     )
-    if kept:
-        count = sum(len(group.linears) for group in kept)
-        size = format_bytes(sum(group.extra_bytes for group in kept))
-        console.print(f"{count} layers stay in 16 bits, for {size} more.", highlight=False)
+    names = tuple(name for group in kept for name in group.linears)
+    size = format_bytes(sum(group.extra_bytes for group in kept))
+    console.print(
+        f"Kept in 16 bits, for {size} more: {_shorten(names)}."
+        if kept
+        else "Kept in 16 bits: none.",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _shorten(names: tuple[str, ...]) -> str:
