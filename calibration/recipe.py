@@ -58,8 +58,8 @@ class Recipe(BaseModel):
     are quantized only where an override says so. `smoothquant_alpha` moves the difficulty of INT8
     W8A8 from the inputs (0: none of it) to the weights (1: all); "search" picks it per block. On
     held-out video the demo model's KL against 16-bit is 3.6e-6 nats with "search", 2.9e-6 with the
-    best single α (0.2), 2.4e-5 with 0.5, and about 5e-2 with 1.0, ModelOpt's default, which leaves no
-    channel any headroom.
+    best single α (0.2), 2.4e-5 with 0.5, and about 5e-2 with 1.0, which is ModelOpt's default and
+    leaves no channel any headroom.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
