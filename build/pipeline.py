@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from framesink.build.bundle_writer import WEIGHTS_NAME, BundleWriter, tool_versions
-from framesink.build.estimate import compiled_bytes, estimate_build
+from framesink.build.estimate import FLOAT32_WEIGHT_LIMIT, compiled_bytes, estimate_build
 from framesink.build.gate import VERIFICATION_NAME, QualityGate
 from framesink.build.host import available_memory, free_disk
 from framesink.build.limits import choose_limits
@@ -48,9 +48,6 @@ from framesink.runtime.models.checkpoint import Checkpoint
 from framesink.runtime.models.quantization import QUANTIZATION_NAME
 from framesink.runtime.models.weights import EMBEDDING
 
-# Up to this many bytes of 16-bit weights ONNX Runtime computes in float32: it is faster on a CPU,
-# but takes the weights' size twice over in memory.
-FLOAT32_WEIGHT_LIMIT = 2_000_000_000
 QUANTIZED_DIRECTORY = "quantized"
 
 
