@@ -119,7 +119,7 @@ def test_calibrate_writes_ranges_and_says_what_they_mean(
         (3, ["calibrate", "{tmp}/nothing", "-o", "{tmp}/out"]),
         (4, ["inspect", "{tmp}/nothing"]),
         (4, ["verify", "{tmp}/nothing"]),
-        (7, ["build", "{model}", "-o", "{tmp}/out", "--no-plans", "--precision", "int8"]),
+        (7, ["build", "{model}", "-o", "{tmp}/out", "--target", "sm86", "--precision", "fp8"]),
         (7, ["build", "{model}", "-o", "{tmp}/out", "--target", "sm10"]),
         (7, ["build", "{model}", "-o", "{model}/config.json", "--no-plans"]),
         (7, ["build", "{model}", "-o", "{model}/config.json/bundle", "--no-plans"]),
