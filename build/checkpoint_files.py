@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, Validati
 from framesink.runtime.errors import CheckpointError
 from framesink.runtime.manifest import StreamingDefaults
 from framesink.runtime.models.companion_files import PREPROCESSOR_NAME, STREAMING_NAME
-from framesink.runtime.models.companion_files import companion_files as companion_files
 from framesink.runtime.models.config import VisionConfig
 from framesink.runtime.preprocess import PreprocessConfig
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from framesink.build.checkpoint_files import (
     StreamingConfig,
-    companion_files,
     read_preprocess_config,
     read_streaming_config,
 )
@@ -19,6 +18,7 @@ from framesink.calibration.videos import find_videos
 from framesink.runtime.errors import CheckpointError
 from framesink.runtime.manifest import Limits
 from framesink.runtime.models.checkpoint import Checkpoint
+from framesink.runtime.models.companion_files import companion_files
 from framesink.runtime.preprocess import PreprocessConfig
 from framesink.runtime.protocol import ChatProtocol
 from framesink.runtime.session_plan import default_policy, plan_session
