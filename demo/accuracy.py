@@ -41,7 +41,7 @@ from framesink.runtime.executors.base import Executor
 
 MODEL = Path(__file__).parent / "model"
 TOGETHER = 8
-DRIFT_SCHEMES = (("fp8", "int8"), ("fp8", "fp8"), ("int8", "int8"), ("int4-weight-only", "int8"))
+DRIFT_SCHEMES = (("fp16", "int8"), ("fp8", "fp16"))
 DRIFT_WINDOW = 30
 
 
@@ -54,6 +54,7 @@ class Run:
     scenes: Sequence[Scene]
     compared: Sequence[Scene]
     threads: int | None
+    twin_size: float
 
     @property
     def videos(self) -> Path:
@@ -89,8 +90,8 @@ def measure_schemes(run: Run) -> Iterator[list[str]]:
     yield ["weights", "K/V", *HEADINGS, "bundle"]
     reference = Bundle.open(run.bundle("fp16", "fp16"))
     recorded: list[RecordedTurn] = []
-    for precision in LINEAR_PRECISIONS:
-        for cache in CACHE_PRECISIONS:
+    for cache in CACHE_PRECISIONS:
+        for precision in LINEAR_PRECISIONS:
 
             def measure(precision: str = precision, cache: str = cache) -> dict[str, Any]:
                 if not recorded:
@@ -104,18 +105,19 @@ def measure_schemes(run: Run) -> Iterator[list[str]]:
 def measure_cache_forms(run: Run) -> Iterator[list[str]]:
     """A row per way to store keys, simulated in torch, on the model and on its twin."""
     yield ["model", "keys", "format", *HEADINGS]
-    twin = run.work / "twin"
+    twin_name = f"twin-{run.twin_size:g}"
+    twin = run.work / twin_name
     if not twin.exists():
-        write_twin(run.checkpoint, twin, size=DEFAULT_SIZE, pairs=DEFAULT_PAIRS)
+        write_twin(run.checkpoint, twin, size=run.twin_size, pairs=DEFAULT_PAIRS)
     bundle = Bundle.open(run.bundle("fp16", "fp16"))
     settings, page_size = StreamSettings.from_bundle(bundle), bundle.manifest.page_size
 
     def compare() -> dict[str, Any]:
         return compare_checkpoints(run.checkpoint, twin, settings, run.scenes, page_size).to_json()
 
-    found = Result(**run.saved("twin", compare))
+    found = Result(**run.saved(twin_name, compare))
     yield ["twin against the model", "16-bit pages", "16bit", *_cells(found)]
-    for name, directory in (("model", run.checkpoint), ("twin", twin)):
+    for name, directory in (("model", run.checkpoint), (twin_name, twin)):
 
         def measure(directory: Path = directory) -> dict[str, Any]:
             rows = measure_caches(directory, [run.videos], settings, run.scenes, page_size)
@@ -200,10 +202,13 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=4000)
     parser.add_argument("--compared", type=int, default=8, help="scenes tokens are compared on")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads of ONNX Runtime")
+    parser.add_argument("--twin-size", type=float, default=DEFAULT_SIZE, help="of the twin's bias")
     options = parser.parse_args()
     scenes = held_out_scenes(options.first_seed, options.scenes, options.seconds)
     compared = scenes[: options.compared]
-    run = Run(options.work, options.checkpoint, scenes, compared, options.threads)
+    run = Run(
+        options.work, options.checkpoint, scenes, compared, options.threads, options.twin_size
+    )
     for number, cells in enumerate(PARTS[options.part](run)):
         print(_row(cells), flush=True)
         if number == 0:
