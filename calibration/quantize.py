@@ -45,6 +45,8 @@ from framesink.runtime.models.quantization import (
 from framesink.runtime.staging import check_output, staged_directory
 
 W8A8_SCHEMES = (LinearScheme.FP8, LinearScheme.INT8)
+# Of the time it takes, about what SmoothQuant's search needs.
+PLANNING_SHARE = 0.4
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,8 @@ def quantize_checkpoint(
         failure=OutputError,
     )
 
+    smooths = LinearScheme.INT8 in quantization.linears.values()
+    planning = PLANNING_SHARE if smooths else 0.0
     smoothing, dead_cache = SmoothingPlan(), 0
     added: dict[str, Float32Array] = {}
     if statistics is not None:
@@ -118,6 +122,7 @@ def quantize_checkpoint(
             quantization,
             alpha=recipe.smoothquant_alpha,
             fold=layout is Layout.FRAMESINK,
+            on_progress=lambda share: on_progress(planning * share),
         )
         if quantization.cache is not CacheScheme.UNQUANTIZED:
             added, dead_cache = cache_scales(statistics.layers, quantization.cache)
@@ -129,7 +134,10 @@ def quantize_checkpoint(
         try:
             for file in companions:
                 shutil.copy(file, directory / file.name)
-            bytes_after = weights.write(directory / WEIGHTS_NAME, on_progress)
+            bytes_after = weights.write(
+                directory / WEIGHTS_NAME,
+                lambda share: on_progress(planning + (1.0 - planning) * share),
+            )
             _describe(checkpoint, quantization, layout, directory)
         except OSError as error:
             raise OutputError(f"Cannot write {output}: {error.strerror or error}.") from error

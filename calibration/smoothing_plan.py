@@ -1,6 +1,6 @@
 """Which factors SmoothQuant gives each INT8 layer of a checkpoint, and where they go."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -50,19 +50,22 @@ def plan_smoothing(
     *,
     alpha: float | Literal["search"],
     fold: bool,
+    on_progress: Callable[[float], None] = lambda _: None,
 ) -> SmoothingPlan:
     """Choose the factors of every INT8 layer.
 
     INT8 layers that read the same input share factors. With `fold` they go, where that leaves the
     model's function exactly as it was, into what makes the input: into a norm whose every reader is
     INT8, or into the weight scales of a quantized linear layer. Without it they are ModelOpt's: all
-    explicit, and not centered around 1.
+    explicit, and not centered around 1. `on_progress` gets the share that is done.
 
     Raises CheckpointError for a layer that calibration did not see, and for a weight that is NaN or
     infinite.
     """
     plan = SmoothingPlan()
-    for group in input_groups(checkpoint.config):
+    groups = list(input_groups(checkpoint.config))
+    for number, group in enumerate(groups):
+        on_progress(number / len(groups))
         smoothed = [
             name for name in group.linears if quantization.scheme(name) is LinearScheme.INT8
         ]
