@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from framesink.calibration.cache_scales import CACHE_FORMATS
 from framesink.calibration.fake_cache import (
     FakeCache,
     KeyForm,
@@ -24,7 +25,6 @@ from framesink.runtime.models.quantization import CacheScheme, LinearScheme, Qua
 from framesink.runtime.models.weights import layer_name
 
 _W8A8_FORMATS = {LinearScheme.FP8: FP8, LinearScheme.INT8: INT8}
-_CACHE_FORMATS = {CacheScheme.INT8: INT8, CacheScheme.FP8: FP8}
 
 
 def simulate_linears(
@@ -61,7 +61,7 @@ def simulate_cache(statistics: Statistics, scheme: CacheScheme) -> FakeCache | N
     """framesink's cache: keys per channel before RoPE without bias, values per head."""
     if scheme is CacheScheme.UNQUANTIZED:
         return None
-    number_format = _CACHE_FORMATS[scheme]
+    number_format = CACHE_FORMATS[scheme]
     forms = [
         KeysPerChannel(_scales(layer.key_channel_amax, number_format))
         for layer in statistics.layers
@@ -71,7 +71,7 @@ def simulate_cache(statistics: Statistics, scheme: CacheScheme) -> FakeCache | N
 
 def simulate_pair_cache(statistics: Statistics, scheme: CacheScheme) -> FakeCache:
     """The form for rotated keys: per rotary pair, without bias; values per head."""
-    number_format = _CACHE_FORMATS[scheme]
+    number_format = CACHE_FORMATS[scheme]
     forms = [
         KeysPerPair(_scales(layer.key_pair_amax, number_format)) for layer in statistics.layers
     ]
@@ -80,7 +80,7 @@ def simulate_pair_cache(statistics: Statistics, scheme: CacheScheme) -> FakeCach
 
 def simulate_rotated_cache(statistics: Statistics, scheme: CacheScheme) -> FakeCache:
     """The usual cache, for comparison: keys after RoPE with bias and values, one scale each."""
-    number_format = _CACHE_FORMATS[scheme]
+    number_format = CACHE_FORMATS[scheme]
     keys = [
         KeysPerTensorRotated(_scale(layer.rotated_key_amax, number_format))
         for layer in statistics.layers
@@ -94,7 +94,7 @@ def simulate_biased_cache(
 ) -> FakeCache:
     """framesink's cache, but with K's bias in what is quantized, for comparison. Each channel's
     range is that of its keys and its bias together."""
-    number_format = _CACHE_FORMATS[scheme]
+    number_format = CACHE_FORMATS[scheme]
     forms = []
     for index, layer in enumerate(statistics.layers):
         bias = np.asarray(checkpoint.read(f"{layer_name(index)}.self_attn.k_proj.bias"))
