@@ -12,6 +12,7 @@ from framesink.runtime.bundle import Bundle
 from framesink.runtime.errors import VerificationError
 from framesink.runtime.executors import create_executor
 from framesink.runtime.models.checkpoint import Checkpoint
+from framesink.runtime.models.config import ModelConfig
 from framesink.runtime.video.chunk import Chunk
 
 CHUNKS = 32
@@ -38,7 +39,11 @@ def measure_quality(
     missing, or if the bundle's logits are not finite; CheckpointError and VideoError for what
     cannot be read.
     """
-    checkpoint = open_reference(bundle, checkpoint_directory)
+    checkpoint = open_reference(checkpoint_directory, bundle.manifest.model)
+    if find_spec("torch") is None:
+        raise VerificationError(
+            f"Comparing with a checkpoint over video needs torch; install it with {INSTALL_HINT}."
+        )
     # Imported here: only this comparison needs torch.
     from framesink.calibration.agreement import Agreement, TurnAgreement, compare_executors
     from framesink.calibration.recorded_turns import StreamSettings
@@ -81,10 +86,11 @@ def measure_quality(
     )
 
 
-def open_reference(bundle: Bundle, directory: Path) -> Checkpoint:
-    """The 16-bit checkpoint a bundle is compared with.
+def open_reference(directory: Path, config: ModelConfig) -> Checkpoint:
+    """The 16-bit checkpoint that a bundle of a model of these sizes is compared with.
 
-    Raises VerificationError if it is quantized or of another model, or if torch is missing.
+    Raises CheckpointError if it cannot be read, VerificationError if it is quantized or of another
+    model.
     """
     checkpoint = Checkpoint.open(directory)
     if checkpoint.quantization is not None:
@@ -92,12 +98,8 @@ def open_reference(bundle: Bundle, directory: Path) -> Checkpoint:
             f"{directory} is quantized itself; compare the bundle with the 16-bit checkpoint that "
             "it was made from."
         )
-    if checkpoint.config != bundle.manifest.model:
+    if checkpoint.config != config:
         raise VerificationError(
-            f"{directory} is not the checkpoint of {bundle.directory}: their sizes differ."
-        )
-    if find_spec("torch") is None:
-        raise VerificationError(
-            f"Comparing with a checkpoint over video needs torch; install it with {INSTALL_HINT}."
+            f"{directory} is not the checkpoint the bundle was made from: its sizes differ."
         )
     return checkpoint

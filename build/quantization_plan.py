@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from framesink.build.gate import DEFAULT_GATE, QualityGate
 from framesink.build.options import BuildOptions
 from framesink.build.precision import check_agreement
-from framesink.build.quality import INSTALL_HINT
+from framesink.build.quality import INSTALL_HINT, open_reference
 from framesink.build.source import BuildInput
 from framesink.calibration.quantize import needs_statistics
 from framesink.calibration.recipe import Recipe
@@ -35,7 +35,8 @@ def plan_quantization(options: BuildOptions, source: BuildInput) -> Quantization
     """Decide what to quantize from the options and the checkpoint.
 
     Raises BuildError for options that contradict a checkpoint quantized already or each other, and
-    if torch is missing where it is needed; OptionError for a recipe that cannot be used.
+    if torch is missing where it is needed; OptionError for a recipe that cannot be used; and what
+    `open_reference` raises for a `gate_checkpoint` that is none.
     """
     if not options.judge and (options.gate is not None or options.gate_checkpoint is not None):
         raise BuildError("--no-gate contradicts --gate and --gate-checkpoint; leave one out.")
@@ -45,8 +46,12 @@ def plan_quantization(options: BuildOptions, source: BuildInput) -> Quantization
         check_agreement(options, config, found)
     elif options.quantizes:
         recipe = _choose_recipe(options)
+    elif options.observer is not None:
+        raise BuildError("--observer has no effect where nothing is quantized; leave it out.")
     quantization = found or (recipe.resolve(config) if recipe else Quantization())
     gate, notes = _choose_gate(options, quantization, already=found is not None)
+    if gate is not None and options.gate_checkpoint is not None:
+        open_reference(options.gate_checkpoint, config)
     calibrate = recipe is not None and needs_statistics(quantization)
     if (calibrate or gate is not None) and find_spec("torch") is None:
         work, way_out = "The quality gate", ", or pass --no-gate"

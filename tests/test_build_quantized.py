@@ -22,6 +22,7 @@ from framesink.runtime.bundle import Bundle
 from framesink.runtime.errors import (
     BuildError,
     CapacityError,
+    CheckpointError,
     FramesinkError,
     OptionError,
     VerificationError,
@@ -157,6 +158,25 @@ def test_fp8_is_refused_where_it_does_not_run(
     given = {"plans": True, "targets": ("sm86", "sm89"), **options}
     message = _refusal(BuildError, tiny_checkpoint, output, **given)
     assert "FP8 does not run on sm86; compile for sm89 and sm120" in message
+
+
+def test_what_the_gate_cannot_compare_with_is_refused_before_any_work(
+    quantized: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    output, other = tmp_path / "new" / "bundle", tmp_path / "other"
+    for checkpoint in (quantized, tiny_checkpoint):
+        options = {"gate": ANYTHING, "gate_checkpoint": quantized}
+        assert "quantized itself" in _refusal(VerificationError, checkpoint, output, **options)
+    write_random_checkpoint("tiny", other)
+    message = _refusal(VerificationError, quantized, output, gate_checkpoint=other)
+    assert "its sizes differ" in message
+    message = _refusal(CheckpointError, quantized, output, gate_checkpoint=tmp_path / "nothing")
+    assert "no checkpoint directory" in message
+
+
+def test_an_observer_without_quantization_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    message = _refusal(BuildError, tiny_checkpoint, tmp_path / "new" / "bundle", observer="mse")
+    assert "--observer has no effect" in message
 
 
 def test_a_recipe_decides_layer_by_layer(tiny_checkpoint: Path, tmp_path: Path) -> None:
