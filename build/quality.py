@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
+from framesink.build.device import INSTALL_HINT
 from framesink.build.estimate import compiled_bytes
 from framesink.build.gate import Verification
 from framesink.calibration.videos import find_videos, open_streams
@@ -19,7 +20,6 @@ CHUNKS = 32
 # A large model takes minutes per chunk on a CPU: only the beginning of a stream is compared.
 LARGE_MODEL_BYTES = 2_000_000_000
 LARGE_MODEL_CHUNKS = 4
-INSTALL_HINT = "pip install 'framesink[calibration]'"
 
 
 def measure_quality(

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from framesink.build.device import INSTALL_HINT, check_device
 from framesink.build.gate import DEFAULT_GATE, QualityGate
 from framesink.build.options import BuildOptions
 from framesink.build.precision import check_agreement
-from framesink.build.quality import INSTALL_HINT, open_reference
+from framesink.build.quality import open_reference
 from framesink.build.source import BuildInput
 from framesink.calibration.quantize import needs_statistics
 from framesink.calibration.recipe import Recipe
@@ -35,8 +36,8 @@ def plan_quantization(options: BuildOptions, source: BuildInput) -> Quantization
     """Decide what to quantize from the options and the checkpoint.
 
     Raises BuildError for options that contradict a checkpoint quantized already or each other, and
-    if torch is missing where it is needed; OptionError for a recipe that cannot be used; and what
-    `open_reference` raises for a `gate_checkpoint` that is none.
+    if torch is missing where it is needed; OptionError for a recipe or device that cannot be used;
+    and what `open_reference` raises for a `gate_checkpoint` that is none.
     """
     if not options.judge and (options.gate is not None or options.gate_checkpoint is not None):
         raise BuildError("--no-gate contradicts --gate and --gate-checkpoint; leave one out.")
@@ -53,11 +54,12 @@ def plan_quantization(options: BuildOptions, source: BuildInput) -> Quantization
     if gate is not None and options.gate_checkpoint is not None:
         open_reference(options.gate_checkpoint, config)
     calibrate = recipe is not None and needs_statistics(quantization)
-    if (calibrate or gate is not None) and find_spec("torch") is None:
-        work, way_out = "The quality gate", ", or pass --no-gate"
-        if calibrate:
-            work, way_out = "Calibrating a checkpoint", ""
-        raise BuildError(f"{work} needs torch; install it with {INSTALL_HINT}{way_out}.")
+    if calibrate:
+        check_device(options.device)
+    elif gate is not None and find_spec("torch") is None:
+        raise BuildError(
+            f"The quality gate needs torch; install it with {INSTALL_HINT}, or pass --no-gate."
+        )
     return QuantizationPlan(quantization, recipe, calibrate, gate, notes)
 
 

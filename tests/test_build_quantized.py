@@ -235,13 +235,23 @@ def test_a_short_calibration_video_is_refused(tiny_checkpoint: Path, tmp_path: P
 def test_torch_is_asked_for_where_it_is_needed(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("framesink.build.quantization_plan.find_spec", lambda _: None)
+    for module in ("device", "quantization_plan"):
+        monkeypatch.setattr(f"framesink.build.{module}.find_spec", lambda _: None)
     output = tmp_path / "new" / "bundle"
     message = _refusal(BuildError, tiny_checkpoint, output, precision="int8", judge=False)
     assert "pip install 'framesink[calibration]'" in message
     message = _refusal(BuildError, tiny_checkpoint, output, precision="int8-weight-only")
     assert "--no-gate" in message
     _build(tiny_checkpoint, output, precision="int8-weight-only", judge=False)
+
+
+def test_a_device_that_is_none_is_refused_before_any_work(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "new" / "bundle"
+    with pytest.raises(OptionError, match="torch cannot use --device abacus"):
+        _build(tiny_checkpoint, output, precision="int8", device="abacus")
+    assert not output.parent.exists()
 
 
 def test_a_context_too_short_to_stream_is_refused_before_any_work(

@@ -206,7 +206,7 @@ def test_a_quantized_checkpoint_is_not_quantized_again(
 def test_only_weights_are_quantized_without_torch(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("framesink.build.quantization_plan", "framesink.cli.calibration_run"):
+    for module in ("framesink.build.quantization_plan", "framesink.build.device"):
         monkeypatch.setattr(f"{module}.find_spec", lambda _: None)
     for options in (("int8",), ("int8-weight-only", "--sensitivity")):
         line = refused(7, model, "-o", tmp_path / "out", "--precision", *options)

@@ -1,14 +1,13 @@
 """What `framesink calibrate` does where something is quantized: observe, rank, write."""
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from framesink.build.device import check_device
 from framesink.build.limits import choose_limits
 from framesink.build.options import BuildOptions, ObserverName
-from framesink.build.quality import INSTALL_HINT
 from framesink.build.reporter import Reporter
 from framesink.build.source import BuildInput, check_streams, stream_settings
 from framesink.calibration.fingerprint import checkpoint_fingerprint
@@ -32,7 +31,7 @@ from framesink.calibration.videos import (
     find_videos,
     open_streams,
 )
-from framesink.runtime.errors import BuildError, CheckpointError, OptionError, OutputError
+from framesink.runtime.errors import CheckpointError, OptionError, OutputError
 
 # What needs torch is imported where it is used: weights alone are quantized without it.
 if TYPE_CHECKING:
@@ -129,7 +128,7 @@ class _Observation:
         source: BuildInput,
         reporter: Reporter,
     ) -> None:
-        _check_device(options.device)
+        check_device(options.device)
         checkpoint = source.checkpoint
         limits = choose_limits(build, checkpoint.config, source.preprocess, source.streaming)
         check_streams(source, limits, build.page_size)
@@ -199,19 +198,6 @@ class _Observation:
         elif options.keep_bytes is not None:
             kept = report.keep_for_bytes(options.keep_bytes)
         return keep_in_recipe(recipe, kept), report, kept
-
-
-def _check_device(device: str) -> None:
-    """Raise BuildError if torch is missing, OptionError for a device that it cannot use."""
-    if find_spec("torch") is None:
-        raise BuildError(f"Calibrating a checkpoint needs torch; install it with {INSTALL_HINT}.")
-    import torch
-
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise OptionError(f"torch cannot use --device {device}: {reason}") from error
 
 
 def _keep(statistics: Statistics, directory: Path) -> None:
