@@ -101,11 +101,11 @@ def replay_turn(
         (logits,) = executor.step([step.with_vision(rows)])
         if step.logits is None or logits is None:
             continue
-        divergences.append(divergence(step.logits, logits))
-        if not np.isfinite(divergences[-1]):
+        if not np.isfinite(logits).all():
             raise VerificationError(
                 f"The logits of {executor.name} at chunk {turn.chunk} hold NaN or infinite values."
             )
+        divergences.append(divergence(step.logits, logits))
         same.append(int(step.logits.argmax()) == int(logits.argmax()))
     return TurnAgreement(turn.chunk, tuple(divergences), tuple(same))
 
