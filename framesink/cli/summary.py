@@ -14,7 +14,7 @@ from framesink.runtime.manifest import PART_NAMES, Manifest, PartSpec
 
 def print_build_summary(summary: BuildSummary, console: Console) -> None:
     """Parts and stages of a finished build."""
-    console.print(_parts_table(summary.manifest))
+    _print_parts(summary.manifest, console)
     stages = Table("stage", title="Stages", title_justify="left")
     stages.add_column("time", justify="right")
     stages.add_column("peak memory", justify="right")
@@ -65,7 +65,7 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
     for name, value in facts.items():
         table.add_row(name, escape(value))
     console.print(table)
-    console.print(_parts_table(manifest))
+    _print_parts(manifest, console)
     _print_verification(bundle, console)
     size = format_bytes(sum(file.size for file in manifest.files.values()))
     console.print(f"{len(manifest.files)} files, {size}", highlight=False)
@@ -89,37 +89,37 @@ def _print_verification(bundle: Bundle, console: Console) -> None:
             f"{measured.kl:.4g} nats (asked: {measured.gate}).",
             highlight=False,
             markup=False,
+            soft_wrap=True,
         )
 
 
-def _parts_table(manifest: Manifest) -> Table:
-    """One row per plan, with the compute type of either reader."""
-    table = Table(title="Parts", title_justify="left")
+def _print_parts(manifest: Manifest, console: Console) -> None:
+    """The parts with the compute type of either reader, and their plans."""
+    parts = Table(title="Parts", title_justify="left")
     for column in ("part", "precision", "ONNX Runtime", "TensorRT"):
-        table.add_column(column, no_wrap=True)
-    table.add_column("linear layers", overflow="fold")
-    compiled = any(manifest.part(name).plans for name in PART_NAMES)
-    if compiled:
-        table.add_column("targets", overflow="fold")
-        for column in ("plan", "bytes per weight"):
-            table.add_column(column, justify="right")
+        parts.add_column(column, no_wrap=True)
+    parts.add_column("linear layers")
+    plans = Table(title="Plans", title_justify="left")
+    for column in ("part", "targets"):
+        plans.add_column(column)
+    for column in ("size", "bytes per weight"):
+        plans.add_column(column, justify="right", no_wrap=True)
     for name in PART_NAMES:
         part = manifest.part(name)
-        row = (name, part.precision, part.executed.compute_type)
+        compiled = part.compiled.compute_type if part.plans else "no plan"
         linears = _describe_linears(part)
-        if not part.plans:
-            table.add_row(*row, "no plan", linears, *[""] * (3 if compiled else 0))
+        parts.add_row(name, part.precision, part.executed.compute_type, compiled, linears)
         for plan in part.plans:
             size = manifest.files[plan.path].size
-            table.add_row(
-                *row,
-                plan.compute_type,
-                linears,
+            plans.add_row(
+                name,
                 ", ".join(plan.targets),
                 format_bytes(size),
                 f"{size / graph_weights(manifest.model, name):.2f}",
             )
-    return table
+    console.print(parts)
+    if plans.row_count:
+        console.print(plans)
 
 
 def _describe_linears(part: PartSpec) -> str:
