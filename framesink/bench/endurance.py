@@ -12,7 +12,7 @@ from framesink.runtime.policies import Policy
 from framesink.runtime.video.chunk import Chunk
 
 BASELINE_CHUNK = 100
-_WINDOW = 50
+_WINDOW = 100
 _CHECKPOINTS = 10
 # The windows are full once the context is this close to what it is at the end.
 _FULL_SHARE = 0.98
@@ -20,7 +20,7 @@ _FULL_SHARE = 0.98
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """After `chunk` chunks: bytes, pages and tokens held, and of the last 50 chunks the median
+    """After `chunk` chunks: bytes, pages and tokens held, and of the last 100 chunks the median
     seconds and processor seconds per chunk, and the seconds between tokens, which do not depend on
     how long replies are."""
 

@@ -83,7 +83,7 @@ def concurrency_table(report: ConcurrencyReport) -> Table:
 def endurance_table(report: EnduranceReport) -> Table:
     """Every checkpoint, and what grew between the first and the last."""
     table = _titled(
-        "One session without an end (times: p50 of the last 50 chunks; CPU: of the process)"
+        "One session without an end (times: p50 of the last 100 chunks; CPU: of the process)"
     )
     for name in ("after", "resident", "KV pages", "context, tokens", "chunk", "CPU", "ITL"):
         table.add_column(name, justify="right")
