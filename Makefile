@@ -13,7 +13,7 @@ demo: $(VENV)/.demo
 		--ask "63:How many red stars have entered?"
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
