@@ -82,7 +82,7 @@ def clipping_error(
     `counts` says how often each value occurred, for the centres of a histogram's bins. A smaller
     `amax` rounds finer and saturates more; the best lies where this is least.
     """
-    scale = scale_of(np.float32(amax).reshape(()), number_format)
+    scale = scale_of(np.asarray(amax, dtype=np.float32), number_format)
     errors = np.square(values - dequantize(quantize(values, scale, number_format), scale))
     return float(np.average(errors.astype(np.float64), weights=counts))
 
