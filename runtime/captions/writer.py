@@ -1,6 +1,7 @@
 """What caption files have in common: refused before anything starts, flushed with every reply."""
 
 import os
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -10,7 +11,7 @@ from framesink.runtime.errors import OutputError
 from framesink.runtime.events import Event, EventKind
 
 
-class CaptionWriter:
+class CaptionWriter(ABC):
     """Joins a session's events into replies and appends each to a text file when it ends.
 
     The file is opened when the writer is made, so that a target that cannot be written is known
@@ -33,13 +34,13 @@ class CaptionWriter:
         """What the file begins with."""
         return ""
 
+    @abstractmethod
     def reply(self, event: Event, text: str) -> str:
         """How a reply is written; `event` is its last, `text` is all it said."""
-        raise NotImplementedError
 
+    @abstractmethod
     def notice(self, event: Event) -> str:
         """How an event of kind degraded or error is written."""
-        raise NotImplementedError
 
     def start(self) -> None:
         """Drop the old content, write the header. Raises OutputError if that fails."""
