@@ -1,0 +1,71 @@
+"""The private directory through which a server and its models talk.
+
+Nothing of it can be reached from the network. Its files:
+
+- `drain`: made by the supervisor. New sessions are refused and open ones come to their end.
+- `drained`: made by the language model once no session is left.
+- `engine.json`: written by the language model when it is loaded: what it runs on.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+_DRAIN = "drain"
+_DRAINED = "drained"
+_ENGINE = "engine.json"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReport:
+    """What the language model runs on: the executor and why it was chosen (one sentence), the
+    sessions and pages it has room for, and its process id."""
+
+    executor_reason: str
+    max_sessions: int
+    num_pages: int
+    process: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """The directory of one run of a server."""
+
+    path: Path
+
+    @property
+    def draining(self) -> bool:
+        """Whether the server is about to stop."""
+        return (self.path / _DRAIN).exists()
+
+    def drain(self) -> None:
+        """Tell the models that the server is about to stop."""
+        (self.path / _DRAIN).touch()
+
+    @property
+    def drained(self) -> bool:
+        """Whether every session has ended since `drain`."""
+        return (self.path / _DRAINED).exists()
+
+    def report_drained(self) -> None:
+        """Tell the supervisor that every session has ended."""
+        (self.path / _DRAINED).touch()
+
+    def report_engine(self, report: EngineReport) -> None:
+        """Tell the supervisor what the language model runs on."""
+        partial = self.path / f"{_ENGINE}.partial"
+        partial.write_text(json.dumps(asdict(report)), encoding="utf-8")
+        partial.replace(self.path / _ENGINE)
+
+    def engine(self) -> EngineReport | None:
+        """What the language model reported, None before it has."""
+        try:
+            text = (self.path / _ENGINE).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        return EngineReport(**json.loads(text))
+
+    def reset(self) -> None:
+        """Forget what an earlier run of the models reported."""
+        for name in (_ENGINE, _DRAINED):
+            (self.path / name).unlink(missing_ok=True)
