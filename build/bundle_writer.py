@@ -116,13 +116,22 @@ class BundleWriter:
 
     def record(self, name: str) -> None:
         """Note size and hash of a file that is finished."""
-        path = self.directory / name
-        self.files[name] = FileRecord(size=path.stat().st_size, sha256=hash_file(path))
+        self.files[name] = file_record(self.directory / name)
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Write the manifest, last of all."""
-        text = manifest.model_dump_json(indent=2) + "\n"
-        (self.directory / MANIFEST_NAME).write_text(text, encoding="utf-8")
+        path = self.directory / MANIFEST_NAME
+        path.write_text(manifest_text(manifest), encoding="utf-8")
+
+
+def file_record(path: Path) -> FileRecord:
+    """Size and hash of a file."""
+    return FileRecord(size=path.stat().st_size, sha256=hash_file(path))
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """A manifest as it is written."""
+    return manifest.model_dump_json(indent=2) + "\n"
 
 
 def tool_versions(builder: Mapping[str, str]) -> dict[str, str]:

@@ -158,6 +158,7 @@ class Manifest(_Model):
     versions: dict[str, str]
     activation_ranges: BundlePath | None = None
     verification: BundlePath | None = None
+    accuracy: BundlePath | None = None
     files: dict[BundlePath, FileRecord]
 
     def part(self, name: PartName) -> PartSpec:
@@ -173,7 +174,7 @@ class Manifest(_Model):
 
     def named_files(self) -> set[str]:
         """Every file that some field of the manifest points to."""
-        optional = (self.activation_ranges, self.verification)
+        optional = (self.activation_ranges, self.verification, self.accuracy)
         names = {*self.weights, *(name for name in optional if name is not None)}
         for part in (self.language_model, self.vision_encoder):
             names |= {part.executed.path, part.compiled.path, *(plan.path for plan in part.plans)}

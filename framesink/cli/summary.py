@@ -4,12 +4,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from framesink.build.accuracy import AccuracyTable, read_accuracy
 from framesink.build.estimate import graph_weights
 from framesink.build.gate import read_verification
 from framesink.build.precision import scheme_name
 from framesink.build.reporter import BuildSummary
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.manifest import PART_NAMES, Manifest, PartSpec
+
+# Of the accuracy table: those that name a row.
+NAMING_COLUMNS = 3
 
 
 def print_build_summary(summary: BuildSummary, console: Console) -> None:
@@ -21,7 +25,7 @@ def print_build_summary(summary: BuildSummary, console: Console) -> None:
     for stage in summary.stages:
         stages.add_row(stage.name, f"{stage.seconds:.1f} s", format_bytes(stage.peak_memory))
     console.print(stages)
-    _print_verification(Bundle(summary.output, summary.manifest), console)
+    _print_measurements(Bundle(summary.output, summary.manifest), console)
     for note in summary.notes:
         console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
     plans = summary.manifest.language_model.plans
@@ -66,7 +70,7 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
         table.add_row(name, escape(value))
     console.print(table)
     _print_parts(manifest, console)
-    _print_verification(bundle, console)
+    _print_measurements(bundle, console)
     size = format_bytes(sum(file.size for file in manifest.files.values()))
     console.print(f"{len(manifest.files)} files, {size}", highlight=False)
 
@@ -79,8 +83,24 @@ def format_bytes(size: int) -> str:
     return f"{size / 1e3:.1f} kB"
 
 
-def _print_verification(bundle: Bundle, console: Console) -> None:
-    """What the build measured against the 16-bit checkpoint, if it did."""
+def print_accuracy(table: AccuracyTable, console: Console) -> None:
+    """What each choice of precision costs, and what that was measured on."""
+    heading, *rows = table.cells()
+    printed = Table(title="Accuracy", title_justify="left")
+    for number, name in enumerate(heading):
+        printed.add_column(escape(name), justify="left" if number < NAMING_COLUMNS else "right")
+    for cells in rows:
+        printed.add_row(*(escape(cell) for cell in cells))
+    console.print(printed)
+    for sentence in (table.description, *table.notes):
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_measurements(bundle: Bundle, console: Console) -> None:
+    """What was measured against the 16-bit checkpoint, if anything was."""
+    table = read_accuracy(bundle)
+    if table is not None:
+        print_accuracy(table, console)
     measured = read_verification(bundle)
     if measured is not None:
         console.print(
