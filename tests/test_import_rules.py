@@ -10,7 +10,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LINKED_FOLDERS = ("build", "calibration", "runtime")
-SOURCE_FOLDERS = (*LINKED_FOLDERS, "framesink", "scripts", "triton_repo", "demo", "tests")
+# What runs on a GPU host alone, loaded only when it is asked for.
+CUDA_EXECUTOR = "runtime/executors/cuda"
+SOURCE_FOLDERS = (
+    *LINKED_FOLDERS,
+    CUDA_EXECUTOR,
+    "framesink",
+    "scripts",
+    "triton_repo",
+    "demo",
+    "tests",
+)
 TRAINING_STACK = ("torch", "transformers", "accelerate", "modelopt")
 AUTHORING_STACK = ("onnx", "onnx_ir", "onnxscript")
 FORBIDDEN = {
@@ -22,14 +32,20 @@ FORBIDDEN = {
         *AUTHORING_STACK,
     ),
     "calibration": ("framesink.build", "framesink.cli"),
+    CUDA_EXECUTOR: ("framesink.build", "framesink.calibration", "framesink.cli", *AUTHORING_STACK),
     "build": ("framesink.cli",),
     "demo": ("framesink.build", "framesink.cli"),
 }
 
 
 def _sources(folder: str) -> list[Path]:
-    """Python files below a top-level folder, links not followed."""
-    return sorted(path for path in (ROOT / folder).rglob("*.py") if path.is_file())
+    """Python files below a folder, links not followed; the CUDA executor is a folder of its own."""
+    inner = ROOT / CUDA_EXECUTOR
+    return sorted(
+        path
+        for path in (ROOT / folder).rglob("*.py")
+        if path.is_file() and (folder == CUDA_EXECUTOR or inner not in path.parents)
+    )
 
 
 def _modules(tree: ast.AST) -> Iterator[tuple[int, str]]:
