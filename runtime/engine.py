@@ -5,13 +5,14 @@ import threading
 from pathlib import Path
 from types import TracebackType
 
-from framesink.runtime.errors import CapacityError, OptionError
+from framesink.runtime.errors import BusyError, CapacityError, OptionError
 from framesink.runtime.event_stream import EventStream
 from framesink.runtime.executors.base import Executor
 from framesink.runtime.kv.page_pool import PagePool
 from framesink.runtime.kv.sequence_cache import SequenceCache
 from framesink.runtime.manifest import Limits, StreamingDefaults
 from framesink.runtime.models.config import ModelConfig
+from framesink.runtime.observer import EngineObserver, NullObserver
 from framesink.runtime.policies import Policy
 from framesink.runtime.prefix import PrefixCache
 from framesink.runtime.preprocess import PreprocessConfig
@@ -47,11 +48,12 @@ class StreamingEngine:
         threaded: bool = True,
         max_sessions: int | None = None,
         executor_reason: str = "",
+        observer: EngineObserver | None = None,
     ) -> None:
         """The engine closes `executor` when it is closed itself.
 
         At most `max_sessions` are open at once, and never more than `limits.max_streams`.
-        `executor_reason` says which executor was chosen and why.
+        `executor_reason` says which executor was chosen and why. `observer` is told of every step.
         """
         self.threaded = threaded
         self.executor_reason = executor_reason
@@ -70,7 +72,8 @@ class StreamingEngine:
             max_batch=limits.max_streams,
             patch_budget=limits.max_patches,
         )
-        self._loop = StepLoop(executor, self._prefixes, scheduler)
+        self._observer = observer or NullObserver()
+        self._loop = StepLoop(executor, self._prefixes, scheduler, self._observer)
         self._numbers = 0
         self._opening = threading.Lock()
         self._wake = threading.Event()
@@ -90,6 +93,7 @@ class StreamingEngine:
         num_pages: int | None = None,
         threads: int | None = None,
         threaded: bool = True,
+        observer: EngineObserver | None = None,
     ) -> "StreamingEngine":
         """An engine for the bundle in `directory`.
 
@@ -118,6 +122,7 @@ class StreamingEngine:
             threaded=threaded,
             max_sessions=sessions,
             executor_reason=reason,
+            observer=observer,
         )
 
     def open_session(
@@ -131,15 +136,19 @@ class StreamingEngine:
         max_pending_chunks: int = 2,
         chunk_seconds: float | None = None,
         max_patches: int | None = None,
+        previous_text: str = "",
     ) -> Session:
         """Open a session; what is left out is the bundle's default, an empty `query` is none.
 
         `query_placement` "first_turn" puts the query where StreamingVLM does, to leave with the
         first turn. At most `max_pending_chunks` wait in its queue. `chunk_seconds` is how long
         chunks are, `max_patches` how many ViT patches one makes at most; both size the session.
+        `previous_text` is what was said before, by a session that this one goes on with: it stands
+        in `previous text` from the start, as much of it as the policy keeps.
 
-        Raises CapacityError when too many sessions are open, the query is longer than the context,
-        or the policy's worst case does not fit the context or the free pages; OptionError for
+        Raises BusyError when too many sessions are open or too few pages are free; CapacityError
+        when the query is longer than the context, or the policy's worst case does not fit the
+        context or the pool; OptionError for
         settings that make no sense; SessionClosedError when the engine is closed.
         """
         defaults = self.defaults
@@ -157,6 +166,7 @@ class StreamingEngine:
             chunk_seconds=defaults.chunk_seconds if chunk_seconds is None else chunk_seconds,
             max_new_tokens=defaults.max_new_tokens if max_new_tokens is None else max_new_tokens,
             max_patches=self.limits.max_patches if max_patches is None else max_patches,
+            previous_text=previous_text,
         )
         source = SessionInput(max_pending_chunks, plan.profile.question_rows, wake=self._wake.set)
         source.set_context_questions(len(plan.first_query))
@@ -171,6 +181,7 @@ class StreamingEngine:
             read_stats=lambda: sequence.stats,
             protocol=self.protocol,
             preprocess=self.preprocess,
+            hidden_size=self.model.text.hidden_size,
             chunk_seconds=plan.profile.chunk_seconds,
             max_patches=self.limits.max_patches if max_patches is None else max_patches,
         )
@@ -187,12 +198,13 @@ class StreamingEngine:
             worked = True
         return worked
 
-    def retire(self, number: int) -> None:
-        """End a session and free its pages; they are free when this returns."""
+    def retire(self, number: int, *, wait: bool = True) -> None:
+        """End a session and free its pages; with `wait` they are free when this returns."""
         self._loop.retire(number)
         if self.threaded:
             self._wake.set()
-            self._loop.wait_until_gone(number)
+            if wait:
+                self._loop.wait_until_gone(number)
         else:
             self._loop.run_retirements()
 
@@ -250,7 +262,7 @@ class StreamingEngine:
         """Reserve all a session can need, or raise CapacityError and leave nothing behind."""
         with self._opening:
             if self._loop.sessions >= self.max_sessions:
-                raise CapacityError(
+                raise BusyError(
                     f"{self.max_sessions} sessions are open, the most this engine serves at once; "
                     "close one first."
                 )
@@ -262,7 +274,11 @@ class StreamingEngine:
                 raise
             self._numbers += 1
             options = SequenceOptions(
-                plan.policy, plan.profile, plan.max_new_tokens, plan.first_query
+                plan.policy,
+                plan.profile,
+                plan.max_new_tokens,
+                plan.first_query,
+                plan.previous_words,
             )
             sequence = Sequence(
                 self._numbers,
@@ -274,6 +290,7 @@ class StreamingEngine:
                 protocol=self.protocol,
                 source=source,
                 events=events,
+                observer=self._observer,
             )
             self._loop.add(sequence)
             return sequence

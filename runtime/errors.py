@@ -37,7 +37,11 @@ class CapacityError(FramesinkError):
     exit_code = 6
 
 
-class BacklogError(CapacityError):
+class BusyError(CapacityError):
+    """There is no room now, but there will be: trying again later may succeed."""
+
+
+class BacklogError(BusyError):
     """A session's input queue is full."""
 
 

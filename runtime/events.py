@@ -32,13 +32,14 @@ class Event:
     """One piece of a session's output.
 
     A reply is a run of events of one `turn`, the last with `final=True`. `text` is the new piece
-    only, never a broken UTF-8 character, without the closing ` ...`. `t0` and `t1` are the span of
-    video time (seconds) the reply is about, `lag` is now minus the end of the chunk being answered
-    (seconds of wall time). `tokens` are all sampled token ids of the reply, its closing and stop
-    token among them (final events only), `timing` likewise. A silent turn is one final event of
-    kind `silence` with empty text. A `degraded` event says in `text` why less was seen than asked
-    for; it comes before its turn's reply and is not final. A final event of kind `error` carries
-    its sentence in `text` and is the session's last.
+    only, never a broken UTF-8 character, without the closing ` ...`. `words` are the token ids it
+    is made of: a detokenizer that is given those of a reply's events, in order, gives the same
+    pieces. `t0` and `t1` are the span of video time (seconds) the reply is about, `lag` is now
+    minus the end of the chunk being answered (seconds of wall time). `tokens` are all sampled token
+    ids of the reply, its closing and stop token among them (final events only), `timing` likewise.
+    A silent turn is one final event of kind `silence` with empty text. A `degraded` event says in
+    `text` why less was seen than asked for; it comes before its turn's reply and is not final. A
+    final event of kind `error` carries its sentence in `text` and is the session's last.
     """
 
     kind: EventKind
@@ -51,3 +52,4 @@ class Event:
     question: str | None = None
     tokens: tuple[int, ...] = ()
     timing: ReplyTiming | None = None
+    words: tuple[int, ...] = ()

@@ -57,6 +57,10 @@ class ChatProtocol:
         """A question asked mid-stream: it follows the vision block of its turn."""
         return self.tokenizer.encode_plain(text)
 
+    def previous_words(self, text: str) -> list[int]:
+        """Words said before a session was opened, for the body of `previous text`."""
+        return self.tokenizer.encode_plain(text)
+
     @property
     def suppressed_tokens(self) -> frozenset[int]:
         """Tokens a reply must not hold: they would open a turn or a vision block."""

@@ -15,8 +15,9 @@ from framesink.runtime.events import Event, EventKind
 from framesink.runtime.executors.base import SequenceInput
 from framesink.runtime.kv.positions import text_span, vision_span
 from framesink.runtime.kv.sequence_cache import SequenceCache
-from framesink.runtime.kv.span import Span, SpanKind, SpanPart
+from framesink.runtime.kv.span import PREFIX_TURN, Span, SpanKind, SpanPart
 from framesink.runtime.models.config import ModelConfig
+from framesink.runtime.observer import EngineObserver
 from framesink.runtime.policies import Policy, TurnProfile
 from framesink.runtime.prefix import Prefix
 from framesink.runtime.protocol import ChatProtocol
@@ -29,19 +30,21 @@ from framesink.runtime.turn import Turn
 
 @dataclass(frozen=True, slots=True)
 class SequenceOptions:
-    """What a session was opened with. `first_query` is the query of `query_placement`
-    "first_turn", as token ids."""
+    """What a session was opened with, as token ids: `first_query` is the query of
+    `query_placement` "first_turn", `previous_words` were said before it was opened."""
 
     policy: Policy
     profile: TurnProfile
     max_new_tokens: int
     first_query: tuple[int, ...] = ()
+    previous_words: tuple[int, ...] = ()
 
 
 class Sequence:
     """The state machine of one session.
 
-    Waiting for its prefix, then for input; then a turn: encode the chunk, prefill, decode, settle.
+    Waiting for its prefix, then writing the words said before it was opened, if there are any; then
+    waiting for input; then a turn: encode the chunk, prefill, decode, settle.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Sequence:
         protocol: ChatProtocol,
         source: SessionInput,
         events: EventStream,
+        observer: EngineObserver,
     ) -> None:
         self.number = number
         self.prefix = prefix
@@ -68,7 +72,10 @@ class Sequence:
         self._protocol = protocol
         self._source = source
         self._events = events
+        self._observer = observer
         self._started = False
+        self._restoring = False
+        self._opened_at = time.monotonic()
         self._turn: Turn | None = None
         self._turns = 0
         self._decoding = False
@@ -80,8 +87,8 @@ class Sequence:
 
     @property
     def waiting(self) -> bool:
-        """Whether it is between turns and its prefix is there."""
-        return self._turn is None and self.prefix.ready
+        """Whether it is between turns and what precedes them is there."""
+        return self._turn is None and self.prefix.ready and not self._restoring
 
     @property
     def done(self) -> bool:
@@ -90,8 +97,10 @@ class Sequence:
 
     @property
     def deadline(self) -> float:
-        """`time.monotonic()` by which the turn's reply is due."""
-        return self._turn.deadline if self._turn else float("inf")
+        """`time.monotonic()` by which the turn's reply, or the words said before, are due."""
+        if self._turn is not None:
+            return self._turn.deadline
+        return self._opened_at + self._options.profile.chunk_seconds
 
     @property
     def chunk_to_encode(self) -> PreparedChunk | None:
@@ -101,6 +110,8 @@ class Sequence:
     @property
     def tokens_to_write(self) -> int:
         """How many tokens the next steps have to write; 0 while there is nothing to do."""
+        if self._restoring:
+            return self.cache.unwritten
         if self._turn is None or self._turn.chunk is not None:
             return 0
         return self.cache.unwritten - self._turn.unfed
@@ -113,16 +124,19 @@ class Sequence:
     # A turn.
 
     def begin_turn(self) -> bool:
-        """Evict and append the next turn's spans, if there is input for one.
+        """Evict and append the next turn's spans, if there is input for one; before the first turn
+        append the words said before, if there are any. Whether there was anything to append.
 
         Raises CapacityError when the policy cannot make room.
         """
+        if not self._started:
+            self._started = True
+            self._start()
+            if self._restoring:
+                return True
         given = self._source.take()
         if given is None:
             return False
-        if not self._started:
-            self.cache.adopt(self.prefix.cache.spans)
-            self._started = True
         turn = self._turn = self._new_turn(given)
         self._announce_drops(given.chunk)
         options = self._options
@@ -131,9 +145,13 @@ class Sequence:
         question = given.question.tokens if given.question else ()
         for span in self._turn_spans(turn, question):
             self.cache.append(span)
+        if given.chunk is not None and given.chunk.encoded:
+            self.encoded(given.chunk.content)
         questions = (span for span in self.cache.spans if span.kind is SpanKind.QUESTION)
         self._source.set_context_questions(sum(len(span) for span in questions))
         self.stats = replace(self.stats, evicted_tokens=self.stats.evicted_tokens + evicted)
+        dropped = given.chunk.dropped if given.chunk else 0
+        self._observer.turn_began(self.number, evicted_tokens=evicted, dropped_frames=dropped)
         return True
 
     def encoded(self, embeddings: Float32Array) -> None:
@@ -143,23 +161,26 @@ class Sequence:
 
     def next_input(self, count: int) -> SequenceInput:
         """The next `count` tokens to write. Raises CapacityError if there are no pages for them."""
-        turn = self._current
-        needs_logits = count == self.cache.unwritten and not turn.ending
+        turn = self._turn
+        last = count == self.cache.unwritten
         rows = self.cache.prepare(count)
         placeholders = int((rows.token_ids == self._protocol.video_pad).sum())
         return SequenceInput(
             token_ids=rows.token_ids,
-            vision_embeddings=turn.take_embeddings(placeholders),
+            vision_embeddings=turn.take_embeddings(placeholders) if turn else None,
             positions=rows.positions,
             slots=rows.slots,
             context=rows.context,
-            needs_logits=needs_logits,
+            needs_logits=last and turn is not None and not turn.ending,
             bases=rows.bases,
         )
 
     def step_done(self, logits: Float32Array | None) -> None:
         """The tokens are written; `logits` float32 `[vocab]` choose the reply's next one."""
         self.cache.commit()
+        if self._restoring:
+            self._end_restoring_if_written()
+            return
         turn = self._current
         if turn.ending:
             self._end_turn_if_written()
@@ -181,7 +202,7 @@ class Sequence:
             return
         text = turn.new_text()
         if text:
-            self._events.put(turn.event(self._kind(turn), text, now))
+            self._events.put(turn.words_event(self._kind(turn), text, now))
 
     # The end.
 
@@ -218,6 +239,25 @@ class Sequence:
         if self._turn is None:
             raise RuntimeError("no turn is under way")
         return self._turn
+
+    def _start(self) -> None:
+        """Share the prefix; words said before stand in its `previous text`, in rows of their own.
+
+        The prefix's end is shared once they are written, so the context is that of a session which
+        said them itself: its end was written before them, too.
+        """
+        words = self._options.previous_words
+        spans = self.prefix.cache.spans
+        self.cache.adopt(spans[:-1] if words else spans)
+        if words:
+            body = text_span(SpanKind.PREVIOUS_TEXT, SpanPart.BODY, PREFIX_TURN, words)
+            self.cache.append(body)
+            self._restoring = True
+
+    def _end_restoring_if_written(self) -> None:
+        if self.cache.unwritten == 0:
+            self.cache.adopt(self.prefix.cache.spans[-1:])
+            self._restoring = False
 
     def _new_turn(self, given: TurnInput) -> Turn:
         chunk, question = given.chunk, given.question
@@ -341,7 +381,7 @@ class Sequence:
         self._append_reply_part(SpanPart.CLOSE, self._protocol.turn_close, new=not reply.held)
         text = turn.new_text() + turn.detokenizer.finish()
         kind = self._kind(turn) if reply.words else EventKind.SILENCE
-        event = turn.event(kind, text, now, final=True)
+        event = turn.words_event(kind, text, now, final=True)
         self._turn, self._decoding, self._seen = None, False, None
         timing = turn.timing()
         self.stats = replace(

@@ -1,5 +1,6 @@
 """A session: one live video, one conversation. What a caller holds in hand."""
 
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from types import TracebackType
@@ -7,11 +8,11 @@ from typing import Protocol
 
 import numpy as np
 
-from framesink.runtime.arrays import UInt8Array
+from framesink.runtime.arrays import Float32Array, UInt8Array
 from framesink.runtime.errors import CapacityError, VideoError
 from framesink.runtime.event_stream import EventStream
 from framesink.runtime.events import Event
-from framesink.runtime.preprocess import PreprocessConfig, frames_to_patches
+from framesink.runtime.preprocess import Grid, PreprocessConfig, frames_to_patches
 from framesink.runtime.protocol import ChatProtocol
 from framesink.runtime.session_input import PreparedChunk, Question, SessionInput
 from framesink.runtime.stats import SessionStats
@@ -27,8 +28,8 @@ class Driver(Protocol):
         """Work in the calling thread until there is nothing to do; whether there was anything."""
         ...
 
-    def retire(self, number: int) -> None:
-        """End a session and free its pages; they are free when this returns."""
+    def retire(self, number: int, *, wait: bool = True) -> None:
+        """End a session and free its pages; with `wait` they are free when this returns."""
         ...
 
 
@@ -50,6 +51,7 @@ class Session:
         read_stats: Callable[[], SessionStats],
         protocol: ChatProtocol,
         preprocess: PreprocessConfig,
+        hidden_size: int,
         chunk_seconds: float,
         max_patches: int,
     ) -> None:
@@ -61,6 +63,7 @@ class Session:
         self._read_stats = read_stats
         self._protocol = protocol
         self._preprocess = preprocess
+        self._hidden_size = hidden_size
         self._chunk_seconds = chunk_seconds
         self._max_patches = max_patches
         self._next_t0 = 0.0
@@ -97,28 +100,29 @@ class Session:
         )
         self.push_chunk(chunk, block=block, timeout=timeout)
 
-    def push_chunk(self, chunk: Chunk, *, block: bool = True, timeout: float | None = None) -> None:
-        """Add one chunk; frames become patches in the calling thread.
+    def push_chunk(
+        self,
+        chunk: Chunk,
+        *,
+        question: str | None = None,
+        block: bool = True,
+        timeout: float | None = None,
+    ) -> None:
+        """Add one chunk, and a question with it; frames become patches in the calling thread.
 
         Waits while the session's queue is full, for `timeout` seconds at most. Raises BacklogError
         when there is no room, SessionClosedError when the session takes no more input, VideoError
-        for frames or times that make no sense, and CapacityError for a chunk larger than the engine
-        was built for.
+        for frames or times that make no sense, CapacityError for a chunk larger than the engine
+        was built for, and what `ask` raises; the session is then as it was before.
         """
         handed_at = time.monotonic()
         self._source.require_open()
-        if chunk.t1 <= chunk.t0:
-            raise VideoError(
-                f"A chunk from {chunk.t0:g} s to {chunk.t1:g} s has no length; t1 must be later."
-            )
+        _require_length(chunk.t0, chunk.t1)
         patches, grid = frames_to_patches(_stack(chunk.frames), self._preprocess)
-        if grid.patches > self._max_patches:
-            raise CapacityError(
-                f"A chunk of {len(chunk.frames)} frames makes {grid.patches} patches, but this "
-                f"session takes at most {self._max_patches}; push fewer or smaller frames."
-            )
+        self._require_patches(grid, len(chunk.frames))
         prepared = PreparedChunk(
-            patches=patches,
+            content=patches,
+            encoded=False,
             grid=grid,
             t0=chunk.t0,
             t1=chunk.t1,
@@ -127,30 +131,80 @@ class Session:
             handed_at=handed_at,
             dropped=chunk.dropped,
         )
-        if not self._driver.threaded:
-            block = False
-            if self._source.full:
-                self._driver.run_until_idle()
-        self._source.put_chunk(prepared, block=block, timeout=timeout)
-        self._next_t0 = chunk.t1
+        self._put(prepared, question, block, timeout)
+
+    def push_embeddings(
+        self,
+        embeddings: Float32Array,
+        grid: Grid,
+        *,
+        t0: float,
+        t1: float,
+        frames: int,
+        question: str | None = None,
+        captured_at: float | None = None,
+        block: bool = True,
+        timeout: float | None = None,
+    ) -> None:
+        """Add one chunk that a vision encoder has been through: float32 `[v, hidden]` of `grid`.
+
+        `t0` and `t1` are seconds of video time, `frames` how many frames the grid was made of,
+        `captured_at` is `time.monotonic()` at the arrival of the last of them, by default now.
+        Raises what `push_chunk` raises, VideoError also for embeddings that are not of this model
+        and grid or not finite.
+        """
+        handed_at = time.monotonic()
+        self._source.require_open()
+        _require_length(t0, t1)
+        steps = -(-frames // self._preprocess.temporal_patch_size)
+        merge = self._preprocess.merge_size
+        if min(grid.t, grid.h, grid.w) < 1 or grid.t != steps or grid.h % merge or grid.w % merge:
+            raise VideoError(
+                f"A grid of {grid.t}×{grid.h}×{grid.w} patches cannot be made of {frames} frames; "
+                "give the grid that preprocessing made."
+            )
+        self._require_patches(grid, frames)
+        shape = (grid.tokens(merge), self._hidden_size)
+        if embeddings.dtype != np.float32 or embeddings.shape != shape:
+            raise VideoError(
+                f"Embeddings of this grid must be float32 {list(shape)}, not {embeddings.dtype} "
+                f"{list(embeddings.shape)}."
+            )
+        if not np.isfinite(embeddings).all():
+            raise VideoError("The embeddings hold numbers that are not finite.")
+        prepared = PreparedChunk(
+            content=embeddings,
+            encoded=True,
+            grid=grid,
+            t0=t0,
+            t1=t1,
+            frames=frames,
+            captured_at=handed_at if captured_at is None else captured_at,
+            handed_at=handed_at,
+            dropped=0,
+        )
+        self._put(prepared, question, block, timeout)
 
     def ask(self, text: str) -> None:
         """Ask a question: it joins the next chunk, and that turn's events are of kind `answer`.
 
         Each turn takes one question. Raises CapacityError for one longer than the context has room
-        for, SessionClosedError when the session takes no more input.
+        for, BusyError while earlier ones leave it no room, SessionClosedError when the session
+        takes no more input.
         """
-        tokens = tuple(self._protocol.question(text))
-        self._source.put_question(Question(text, tokens, time.monotonic()))
+        self._source.put_question(self._question(text))
 
     def finish(self) -> None:
         """Say that no more input comes. What waits is still answered, a question without a chunk in
         a turn without vision; then iteration ends and the session's pages are free."""
         self._source.finish()
 
-    def close(self) -> None:
-        """End at once: drop what waits and free the session's pages. May be called again."""
-        self._driver.retire(self.number)
+    def close(self, *, wait: bool = True) -> None:
+        """End at once: drop what waits and free the session's pages. May be called again.
+
+        The pages are free when this returns or, without `wait`, when iteration ends.
+        """
+        self._driver.retire(self.number, wait=wait)
 
     # Out.
 
@@ -182,6 +236,29 @@ class Session:
         """Figures as of the last turn."""
         return self._read_stats()
 
+    # Details.
+
+    def _question(self, text: str) -> Question:
+        return Question(text, tuple(self._protocol.question(text)), time.monotonic())
+
+    def _require_patches(self, grid: Grid, frames: int) -> None:
+        if grid.patches > self._max_patches:
+            raise CapacityError(
+                f"A chunk of {frames} frames makes {grid.patches} patches, but this "
+                f"session takes at most {self._max_patches}; push fewer or smaller frames."
+            )
+
+    def _put(
+        self, chunk: PreparedChunk, question: str | None, block: bool, timeout: float | None
+    ) -> None:
+        asked = None if question is None else self._question(question)
+        if not self._driver.threaded:
+            block = False
+            if self._source.full:
+                self._driver.run_until_idle()
+        self._source.put_chunk(chunk, asked, block=block, timeout=timeout)
+        self._next_t0 = chunk.t1
+
     def __enter__(self) -> "Session":
         return self
 
@@ -192,6 +269,14 @@ class Session:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _require_length(t0: float, t1: float) -> None:
+    """Raise VideoError unless a chunk's times are finite and the second is the later one."""
+    if not (math.isfinite(t0) and math.isfinite(t1)):
+        raise VideoError(f"A chunk from {t0} s to {t1} s is not in time; give finite seconds.")
+    if t1 <= t0:
+        raise VideoError(f"A chunk from {t0:g} s to {t1:g} s has no length; t1 must be later.")
 
 
 def _stack(frames: UInt8Array | Sequence[UInt8Array]) -> UInt8Array:

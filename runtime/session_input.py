@@ -7,20 +7,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from framesink.runtime.arrays import Float32Array
-from framesink.runtime.errors import BacklogError, CapacityError, SessionClosedError
+from framesink.runtime.errors import BacklogError, BusyError, CapacityError, SessionClosedError
 from framesink.runtime.preprocess import Grid
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PreparedChunk:
-    """A chunk ready for the vision encoder.
+    """A chunk ready for the vision encoder, or one that has been through it.
 
-    `patches` float32 `[n, patch_dim]` of `grid`, covering video time `[t0, t1)` seconds in `frames`
+    `content` float32 are the patches `[n, patch_dim]` of `grid` or, if `encoded`, the embeddings
+    `[n / merge², hidden]` made of them. They cover video time `[t0, t1)` seconds in `frames`
     frames. `captured_at` and `handed_at` are `time.monotonic()` when its last frame arrived and
     when it was pushed. `dropped` frames are missing from it.
     """
 
-    patches: Float32Array
+    content: Float32Array
+    encoded: bool
     grid: Grid
     t0: float
     t1: float
@@ -76,37 +78,35 @@ class SessionInput:
             self._require_open()
 
     def put_chunk(
-        self, chunk: PreparedChunk, *, block: bool = True, timeout: float | None = None
+        self,
+        chunk: PreparedChunk,
+        question: Question | None = None,
+        *,
+        block: bool = True,
+        timeout: float | None = None,
     ) -> None:
-        """Queue a chunk. Raises BacklogError if there is no room now (`block` False) or within
-        `timeout` seconds, SessionClosedError if the session takes no more input."""
+        """Queue a chunk, and a question with it; both or neither.
+
+        Raises BacklogError if there is no room now (`block` False) or within `timeout` seconds,
+        SessionClosedError if the session takes no more input, and what `put_question` raises.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._changed:
             self._await_room(block, deadline)
+            if question is not None:
+                self._append_question(question)
             self._chunks.append(chunk)
         self._wake()
 
     def put_question(self, question: Question) -> None:
         """Queue a question for the next turn that has none.
 
-        Raises CapacityError if it, or it with those waiting and those still in the context, is
-        longer than the context has room for.
+        Raises CapacityError if it is longer than the context has room for, BusyError if it is so
+        together with those waiting and those still in the context.
         """
         with self._changed:
             self._require_open()
-            count, most = len(question.tokens), self._max_question_tokens
-            if count > most:
-                raise CapacityError(
-                    f"The question has {count} tokens, but the context has room for {most}; "
-                    "ask it in fewer words."
-                )
-            live = self._context_question_tokens + sum(len(q.tokens) for q in self._questions)
-            if live + count > most:
-                raise CapacityError(
-                    f"Earlier questions still take {live} of the {most} tokens the context has "
-                    f"for questions, and this one has {count}; ask again later."
-                )
-            self._questions.append(question)
+            self._append_question(question)
         self._wake()
 
     def finish(self) -> None:
@@ -156,6 +156,21 @@ class SessionInput:
         """Tell how many tokens of questions the context holds."""
         with self._changed:
             self._context_question_tokens = tokens
+
+    def _append_question(self, question: Question) -> None:
+        count, most = len(question.tokens), self._max_question_tokens
+        if count > most:
+            raise CapacityError(
+                f"The question has {count} tokens, but the context has room for {most}; "
+                "ask it in fewer words."
+            )
+        live = self._context_question_tokens + sum(len(q.tokens) for q in self._questions)
+        if live + count > most:
+            raise BusyError(
+                f"Earlier questions still take {live} of the {most} tokens the context has "
+                f"for questions, and this one has {count}; ask again later."
+            )
+        self._questions.append(question)
 
     def _await_room(self, block: bool, deadline: float | None) -> None:
         self._require_open()

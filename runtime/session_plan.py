@@ -4,10 +4,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from framesink.runtime.errors import CapacityError, OptionError
-from framesink.runtime.kv.span import Span
+from framesink.runtime.kv.positions import text_span
+from framesink.runtime.kv.span import PREFIX_TURN, Span, SpanKind, SpanPart
 from framesink.runtime.manifest import Limits, StreamingDefaults
 from framesink.runtime.models.config import ModelConfig
 from framesink.runtime.policies import Policy, SinkWindow, TurnProfile
+from framesink.runtime.policies.base import is_previous_words
 from framesink.runtime.prefix import prefix_pages, prefix_spans
 from framesink.runtime.protocol import ChatProtocol
 
@@ -23,7 +25,7 @@ class SessionPlan:
     """A session's prefix and the most it will ever hold.
 
     `pages` are those of its own, the prefix's apart; `first_query` are the tokens of a query placed
-    in the first turn.
+    in the first turn, `previous_words` those of earlier words that the policy keeps.
     """
 
     policy: Policy
@@ -31,6 +33,7 @@ class SessionPlan:
     prefix: tuple[Span, ...]
     pages: int
     first_query: tuple[int, ...]
+    previous_words: tuple[int, ...]
     max_new_tokens: int
 
 
@@ -56,8 +59,9 @@ def plan_session(
     chunk_seconds: float,
     max_new_tokens: int,
     max_patches: int,
+    previous_text: str = "",
 ) -> SessionPlan:
-    """The plan of a session.
+    """The plan of a session. `previous_text` was said before it was opened.
 
     Raises OptionError for settings that make no sense, CapacityError for a query longer than the
     context or a policy whose worst case does not fit it, with the figures.
@@ -91,9 +95,24 @@ def plan_session(
         page_size=page_size,
     )
     profile = _fit_questions(policy, profile, len(in_turn))
-    policy.select(spans, 0, profile)
+    words = _kept_words(policy, profile, spans, protocol.previous_words(previous_text))
     pages = policy.max_pages(profile)
-    return SessionPlan(policy, profile, spans, pages, in_turn, max_new_tokens)
+    return SessionPlan(policy, profile, spans, pages, in_turn, words, max_new_tokens)
+
+
+def _kept_words(
+    policy: Policy, profile: TurnProfile, prefix: tuple[Span, ...], words: list[int]
+) -> tuple[int, ...]:
+    """What the policy keeps of `words` in `previous text`.
+
+    Raises CapacityError if it cannot make room for the first turn beside them.
+    """
+    spans = list(prefix)
+    if words:
+        body = text_span(SpanKind.PREVIOUS_TEXT, SpanPart.BODY, PREFIX_TURN, words)
+        spans.insert(-1, body)
+    kept = filter(is_previous_words, policy.select(spans, 0, profile))
+    return tuple(int(token) for span in kept for token in span.tokens)
 
 
 def _fit_questions(policy: Policy, profile: TurnProfile, least: int) -> TurnProfile:

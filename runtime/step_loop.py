@@ -10,6 +10,7 @@ from typing import Protocol
 from framesink.runtime.arrays import Float32Array, Int32Array
 from framesink.runtime.errors import FramesinkError, SessionClosedError
 from framesink.runtime.executors.base import Executor, SequenceInput
+from framesink.runtime.observer import EngineObserver, StepReport
 from framesink.runtime.prefix import Prefix, PrefixCache
 from framesink.runtime.scheduler import Encoding, Scheduler, Share, Work
 from framesink.runtime.sequence import Sequence
@@ -49,11 +50,18 @@ class StepLoop:
     """Works on all open sequences. `run_once` belongs to the engine's thread; `add`, `retire` and
     `sessions` may be called from any."""
 
-    def __init__(self, executor: Executor, prefixes: PrefixCache, scheduler: Scheduler) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        prefixes: PrefixCache,
+        scheduler: Scheduler,
+        observer: EngineObserver,
+    ) -> None:
         self.figures = LoopFigures()
         self._executor = executor
         self._prefixes = prefixes
         self._scheduler = scheduler
+        self._observer = observer
         self._sequences: dict[int, Sequence] = {}
         self._retiring: set[int] = set()
         self._stopped: str | None = None
@@ -148,11 +156,13 @@ class StepLoop:
             sequence, chunk = waiting[number]
             started = time.monotonic()
             try:
-                sequence.encoded(self._executor.encode_vision(chunk.patches, chunk.grid))
+                sequence.encoded(self._executor.encode_vision(chunk.content, chunk.grid))
             except Exception as error:
                 self._fail(sequence, _sentence(f"{self._executor.name} could not encode", error))
+            seconds = time.monotonic() - started
             self.figures.encoded += 1
-            self.figures.encode_seconds += time.monotonic() - started
+            self.figures.encode_seconds += seconds
+            self._observer.encoded(chunk.grid.patches, seconds)
         return bool(chosen)
 
     def _step(self) -> bool:
@@ -211,11 +221,14 @@ class StepLoop:
         self, batch: list[tuple[Sequence | Prefix, SequenceInput]], seconds: float
     ) -> None:
         figures = self.figures
+        tokens = sum(given.token_ids.size for _, given in batch)
         figures.steps += 1
         figures.shares += len(batch)
-        figures.tokens += sum(given.token_ids.size for _, given in batch)
+        figures.tokens += tokens
         figures.step_seconds += seconds
         figures.last_step_seconds = seconds
+        decoding = sum(isinstance(member, Sequence) and member.decoding for member, _ in batch)
+        self._observer.stepped(StepReport(decoding, len(batch) - decoding, tokens, seconds))
 
     def _fail(self, member: Sequence | Prefix, sentence: str) -> None:
         """End a sequence, or all who share a prefix, with an error event."""

@@ -1,6 +1,6 @@
 """One turn of a session: what it is about, how far it is, when its tokens came."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from framesink.runtime.arrays import Float32Array
@@ -17,7 +17,8 @@ class Turn:
     `t0`, `t1` are seconds of video time, `captured_at`, `handed_at` and `deadline` are
     `time.monotonic()` values. `chunk` is there until it is encoded; `embeddings` float32
     `[v, hidden]` are those not yet handed to a step. `ending` is set when the last token has been
-    sampled; `unfed` tokens of it are left to the next turn's prompt.
+    sampled; `unfed` tokens of it are left to the next turn's prompt. `unsent` are the words whose
+    text no event has carried yet.
     """
 
     number: int
@@ -34,6 +35,7 @@ class Turn:
     sampled: list[int] = field(default_factory=list)
     token_times: list[float] = field(default_factory=list)
     spoken: int = 0
+    unsent: list[int] = field(default_factory=list)
     ending: bool = False
     unfed: int = 0
 
@@ -48,6 +50,7 @@ class Turn:
         """Text of the words that have become certain since the last call."""
         words = self.reply.tokens[self.spoken : self.reply.words]
         self.spoken = self.reply.words
+        self.unsent += words
         return self.detokenizer.push(words)
 
     def timing(self) -> ReplyTiming:
@@ -58,6 +61,11 @@ class Turn:
             itl=tuple(after - before for before, after in pairwise(times)),
             total=times[-1] - self.handed_at,
         )
+
+    def words_event(self, kind: EventKind, text: str, now: float, *, final: bool = False) -> Event:
+        """An event with the text of the words that are unsent."""
+        words, self.unsent = tuple(self.unsent), []
+        return replace(self.event(kind, text, now, final=final), words=words)
 
     def event(self, kind: EventKind, text: str, now: float, *, final: bool = False) -> Event:
         """An event about this turn; final events of a reply carry its tokens and timing."""

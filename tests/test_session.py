@@ -49,6 +49,7 @@ SIZES = [(28, 28), (28, 56), (56, 56), (56, 84)]
     prefill_budget=st.sampled_from([5, 17, 400]),
     max_new_tokens=st.integers(1, 9),
     query=st.none() | st.just("Say what happens."),
+    previous=st.sampled_from(["", "A red star enters.", "The blue square leaves. " * 6]),
     questions=st.sets(st.integers(0, 19), max_size=5),
     seed=st.integers(0, 1000),
 )
@@ -61,19 +62,22 @@ def test_a_session_says_what_a_plain_token_list_says(
     prefill_budget: int,
     max_new_tokens: int,
     query: str | None,
+    previous: str,
     questions: set[int],
     seed: int,
 ) -> None:
     """Every sampled token depends on every retained token, its position and all it ever saw, so
     equal replies mean equal contexts: through eviction, cuts, silences, closings that were none,
-    replies cut short, questions, and prompts written in parts."""
+    replies cut short, questions, words said before, and prompts written in parts."""
     protocol = make_protocol(vocabulary)
     limits = LIMITS.model_copy(update={"max_prefill": prefill_budget})
     policy = SinkWindow(text[0], text[1], float(windows[0]), windows[1])
-    theirs = TokenList(protocol, *windows, *text, query)
+    theirs = TokenList(protocol, *windows, *text, query, protocol.previous_words(previous))
     random = np.random.default_rng(seed)
     with make_engine(protocol=protocol, page_size=page_size, limits=limits) as engine:
-        session = engine.open_session(policy, query, max_new_tokens=max_new_tokens)
+        session = engine.open_session(
+            policy, query, max_new_tokens=max_new_tokens, previous_text=previous
+        )
         for turn in range(20):
             height, width = SIZES[random.integers(len(SIZES))]
             frames = make_frames(seed + turn, height=height, width=width)

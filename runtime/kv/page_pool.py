@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from framesink.runtime.arrays import Int32Array
-from framesink.runtime.errors import CapacityError
+from framesink.runtime.errors import BusyError, CapacityError
 
 NULL_PAGE = 0
 
@@ -73,13 +73,14 @@ class PagePool:
     def reserve(self, pages: int, label: str) -> Reservation:
         """Promise `pages` to a holder called `label` in messages.
 
-        Raises CapacityError when they are not there, with the size needed and how many such
-        holders still fit.
+        Raises BusyError when they are not there now, with the size needed and how many such
+        holders still fit, and CapacityError when the whole pool is smaller.
         """
         with self._lock:
             left = self.capacity - self._reserved
             if pages > left:
-                raise CapacityError(
+                kind = BusyError if pages <= self.capacity else CapacityError
+                raise kind(
                     f"{label} needs {pages} pages of {self.page_size} rows, but {left} of the "
                     f"pool's {self.capacity} are unreserved, room for {left // pages} of that "
                     "size; use a smaller policy or a larger pool, or close a session."

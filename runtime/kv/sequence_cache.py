@@ -65,12 +65,12 @@ class SequenceCache:
         return self._reservation
 
     def adopt(self, spans: Sequence[Span]) -> None:
-        """Begin with written spans of another sequence, whose rows are shared from now on."""
-        if self._spans:
-            raise RuntimeError("only an empty sequence can adopt spans")
+        """Add written spans of another sequence to the end; their rows are shared from now on."""
+        if self.unwritten:
+            raise RuntimeError("written spans cannot follow tokens that are not written")
         for span in spans:
             self._pool.retain(span.slots)
-        self._set(spans)
+        self._set([*self._spans, *spans])
 
     def append(self, span: Span) -> None:
         """Add a span without rows to the end of the list."""

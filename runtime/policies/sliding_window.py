@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from framesink.runtime.kv.lane import pages_of_run
-from framesink.runtime.kv.span import Span
+from framesink.runtime.kv.span import PREFIX_TURN, Span
 from framesink.runtime.policies.base import (
     MIN_TURNS,
     TurnProfile,
@@ -22,7 +22,8 @@ class SlidingWindow:
 
     def select(self, spans: Sequence[Span], turn: int, profile: TurnProfile) -> list[Span]:
         """See Policy."""
-        last_old = turn - self._turns(profile)
+        # Words said before the session was opened are older than any of its turns.
+        last_old = max(turn - self._turns(profile), PREFIX_TURN)
         return [span for span in spans if is_prefix(span) or span.turn > last_old]
 
     def max_rows(self, profile: TurnProfile) -> int:

@@ -13,6 +13,7 @@ from framesink.runtime.engine import StreamingEngine
 from framesink.runtime.events import Event
 from framesink.runtime.manifest import Limits, StreamingDefaults
 from framesink.runtime.models.config import ModelConfig, TextConfig, VisionConfig
+from framesink.runtime.observer import EngineObserver
 from framesink.runtime.preprocess import PreprocessConfig, frames_to_patches
 from framesink.runtime.protocol import ChatProtocol
 from framesink.runtime.tokenizer import Tokenizer
@@ -78,6 +79,7 @@ def make_engine(
     limits: Limits = LIMITS,
     threaded: bool = False,
     max_sessions: int | None = None,
+    observer: EngineObserver | None = None,
 ) -> StreamingEngine:
     """An engine over the fake executor; sessions have no query and 6 new tokens by default."""
     protocol = protocol or make_protocol()
@@ -90,6 +92,7 @@ def make_engine(
         limits,
         threaded=threaded,
         max_sessions=max_sessions,
+        observer=observer,
     )
 
 

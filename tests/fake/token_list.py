@@ -28,7 +28,10 @@ class Entry:
 
 @dataclass
 class TokenList:
-    """A stream's retained tokens. Windows count turns; `grids` are those of its vision blocks."""
+    """A stream's retained tokens. Windows count turns; `grids` are those of its vision blocks.
+
+    `previous_words` were said before the stream began.
+    """
 
     protocol: ChatProtocol
     vision_turns: int
@@ -36,6 +39,7 @@ class TokenList:
     sink_text: int
     recent_text: int
     query: str | None = None
+    previous_words: Sequence[int] = ()
     turn: int = 0
     entries: list[Entry] = field(default_factory=list)
     grids: list[GridSize] = field(default_factory=list)
@@ -47,6 +51,8 @@ class TokenList:
             self._extend(protocol.pinned(self.query))
         self._prefix_users = len(self._blocks(protocol.user_open))
         self._extend([*protocol.previous_text_open, *protocol.turn_close])
+        if self.previous_words:
+            self._say_before(list(self.previous_words))
 
     @property
     def tokens(self) -> list[int]:
@@ -172,6 +178,19 @@ class TokenList:
     def _previous_text(self) -> tuple[int, int]:
         ((start, end),) = self._blocks(self.protocol.previous_text_open)
         return start + len(self.protocol.previous_text_open), end - len(self.protocol.turn_close)
+
+    def _say_before(self, words: list[int], tokens_per_second: float = 2.0) -> None:
+        """Put words into `previous text` as a stream that said them has them there: the close was
+        written when nothing had been said."""
+        if len(words) > self.sink_text + self.recent_text:
+            words = words[: self.sink_text] + words[len(words) - self.recent_text :]
+        self._write(tokens_per_second)
+        at = len(self.entries) - len(self.protocol.turn_close)
+        close, self.entries = self.entries[at:], self.entries[:at]
+        if words:
+            self._extend(words)
+            self._write(tokens_per_second)
+        self.entries += close
 
     def _extend(self, tokens: Sequence[int]) -> None:
         self.entries.extend(Entry(token, token) for token in tokens)
