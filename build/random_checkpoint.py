@@ -6,17 +6,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from framesink.runtime.models.checkpoint import CONFIG_NAME, WEIGHTS_NAME
-from framesink.runtime.models.config import parse_config
+from framesink.runtime.models.config import ModelConfig, parse_config
+from framesink.runtime.models.quantization import (
+    LinearScheme,
+    Quantization,
+    TensorRule,
+    quantizable_linears,
+    tensor_rules,
+)
 from framesink.runtime.models.safetensors_writer import SafetensorsWriter
-from framesink.runtime.models.weights import model_weights
 
 _BLOCK_ELEMENTS = 1 << 22
 _DEVIATION = 0.02  # the initializer_range of the published configurations
+# Random codes fill their format to six standard deviations; inputs are taken to stay below 10.
+_LARGEST = {"float8_e4m3fn": 448.0, "int8": 127.0}
+_DEVIATIONS = 6.0
+_INPUT_AMAX = 10.0
 
 # The special tokens of Qwen2.5-VL in the order of their ids.
 SPECIAL_TOKENS = (
@@ -98,12 +107,20 @@ SIZES: Mapping[str, dict[str, Any]] = {
 }
 
 
-def write_random_checkpoint(size: str, directory: Path, *, seed: int = 0) -> None:
-    """Write a Qwen2.5-VL checkpoint of the sizes `SIZES[size]` in bf16, weights drawn from a
-    normal distribution, with a tokenizer of bytes and Qwen's special tokens.
+def write_random_checkpoint(
+    size: str, directory: Path, *, scheme: LinearScheme = LinearScheme.UNQUANTIZED, seed: int = 0
+) -> None:
+    """Write a Qwen2.5-VL checkpoint of the sizes `SIZES[size]`, weights drawn from a normal
+    distribution, with a tokenizer of bytes and Qwen's special tokens.
 
-    Memory stays at a few megabytes whatever the size.
+    Weights are bf16; those of the blocks' linear layers are codes of `scheme` (16-bit, FP8 or INT8
+    W8A8, INT8 weight-only), as `framesink calibrate` would leave them, but with scales that were
+    measured on nothing. Memory stays at a few megabytes whatever the size.
+
+    Raises ValueError for INT4, whose packed codes are not made here.
     """
+    if scheme is LinearScheme.INT4_WEIGHT_ONLY:
+        raise ValueError("Random checkpoints are made in 16-bit, FP8 or INT8, not in INT4.")
     directory.mkdir(parents=True, exist_ok=True)
     sizes = SIZES[size]
     special = min(_QWEN_ORDINARY_TOKENS, sizes["vocab_size"] - len(SPECIAL_TOKENS))
@@ -127,7 +144,24 @@ def write_random_checkpoint(size: str, directory: Path, *, seed: int = 0) -> Non
     }
     (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
     _make_tokenizer(special).save(str(directory / "tokenizer.json"))
-    _write_weights(model_weights(parse_config(config)), directory / WEIGHTS_NAME, seed)
+    parsed = parse_config(config)
+    quantization = _quantize_blocks(parsed, scheme)
+    if quantization.linears:
+        quantization.write(directory)
+    rules, _ = tensor_rules(parsed, quantization)
+    _write_weights(rules, directory / WEIGHTS_NAME, seed)
+
+
+def _quantize_blocks(config: ModelConfig, scheme: LinearScheme) -> Quantization:
+    if scheme is LinearScheme.UNQUANTIZED:
+        return Quantization()
+    return Quantization(
+        {
+            name: scheme
+            for name in quantizable_linears(config)
+            if name.startswith(("model.layers.", "visual.blocks."))
+        }
+    )
 
 
 def _make_tokenizer(ordinary: int) -> Tokenizer:
@@ -144,16 +178,36 @@ def _make_tokenizer(ordinary: int) -> Tokenizer:
     return tokenizer
 
 
-def _write_weights(shapes: Mapping[str, tuple[int, ...]], path: Path, seed: int) -> None:
+def _write_weights(rules: Mapping[str, TensorRule], path: Path, seed: int) -> None:
     random = np.random.default_rng(seed)
-    with SafetensorsWriter(path, {name: ("bfloat16", shapes[name]) for name in shapes}) as writer:
-        for name, shape in shapes.items():
-            is_norm = len(shape) == 1 and name.endswith("weight")
+    tensors = {name: (_dtype(rule), rule.shapes[0]) for name, rule in rules.items()}
+    with SafetensorsWriter(path, tensors) as writer:
+        for name, (dtype, shape) in tensors.items():
             elements = math.prod(shape)
+            if dtype == "float32":
+                writer.write(name, np.full(elements, _scale(name, rules), np.float32))
+                continue
+            largest = _LARGEST.get(dtype)
+            deviation = _DEVIATION if largest is None else largest / _DEVIATIONS
+            is_norm = len(shape) == 1 and name.endswith("weight")
             for start in range(0, elements, _BLOCK_ELEMENTS):
                 block = random.standard_normal(
                     min(_BLOCK_ELEMENTS, elements - start), dtype=np.float32
                 )
-                block *= _DEVIATION
+                block *= deviation
                 block += float(is_norm)
-                writer.write(name, block.astype(ml_dtypes.bfloat16))
+                if largest is not None:
+                    np.clip(block, -largest, largest, out=block)
+                writer.write(name, block.astype(np.dtype(dtype)))
+
+
+def _dtype(rule: TensorRule) -> str:
+    """What a tensor is written as: bf16 where the model may have any float."""
+    return "bfloat16" if "bfloat16" in rule.dtypes else rule.dtypes[0]
+
+
+def _scale(name: str, rules: Mapping[str, TensorRule]) -> float:
+    """The scale of random codes, or of the inputs they are multiplied with."""
+    linear, _, kind = name.rpartition(".")
+    largest = _LARGEST[_dtype(rules[f"{linear}.weight"])]
+    return (_INPUT_AMAX if kind == "input_scale" else _DEVIATION * _DEVIATIONS) / largest

@@ -28,6 +28,7 @@ from framesink.runtime.errors import (
     VideoError,
 )
 from framesink.runtime.models.checkpoint import Checkpoint
+from framesink.runtime.models.quantization import LinearScheme
 
 needs_rtx = pytest.mark.skipif(
     "tensorrt_rtx" not in [builder.name for builder in find_builders()],
@@ -144,6 +145,22 @@ def test_a_random_checkpoint_is_one_that_transformers_loads(tmp_path: Path) -> N
     tokenizer = bundle.tokenizer()
     assert tokenizer.decode(tokenizer.encode(text)) == "user\nTime=1.0s é"
     assert tokenizer.encode(text)[-1] == bundle.manifest.model.video_token_id
+
+
+@pytest.mark.parametrize(
+    "scheme", [LinearScheme.FP8, LinearScheme.INT8, LinearScheme.INT8_WEIGHT_ONLY]
+)
+def test_a_random_checkpoint_may_be_quantized(scheme: LinearScheme, tmp_path: Path) -> None:
+    write_random_checkpoint("tiny", tmp_path, scheme=scheme)
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.quantization is not None
+    # q, k, v, o, gate, up and down in 4 blocks; qkv, proj, gate, up and down in 4 more.
+    assert list(checkpoint.quantization.linears.values()) == [scheme] * 48
+    codes = checkpoint.read("model.layers.0.mlp.up_proj.weight").astype(np.float32)
+    scales = checkpoint.read("model.layers.0.mlp.up_proj.weight_scale")
+    assert (codes * scales[:, None]).std() == pytest.approx(0.02, rel=0.03)
+    largest = 448 if scheme is LinearScheme.FP8 else 127
+    assert 0.6 * largest < np.abs(codes).max() <= largest
 
 
 def test_a_bundle_of_other_weights_is_found_out(checkpoint: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from framesink.build.plans.builder import load_module
 from framesink.build.plans.jobs import CompiledPlan, CompileJob
 from framesink.build.plans.messages import BuilderMessage, Severity
+from framesink.build.plans.plan_file import PlanFile
 from framesink.build.plans.progress import PhaseTree
 from framesink.runtime.errors import BuildError
 from framesink.runtime.manifest import OptimizationProfile, TensorSpec
@@ -114,7 +115,7 @@ def _build_to_file(
     cancelled: Callable[[], bool],
 ) -> None:
     write_errors: list[OSError] = []
-    with job.plan.open("wb") as file:
+    with PlanFile(job.plan) as file:
 
         class Writer(trt.IStreamWriter):  # type: ignore[misc]  # the package is chosen at run time
             def __init__(self) -> None:
