@@ -50,12 +50,13 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True)
 class TurnAgreement:
-    """Per sampled token of one chunk's turn: the divergence in nats, and whether the likeliest
-    token is the same."""
+    """Per sampled token of one chunk's turn: the divergence in nats, whether the likeliest token is
+    the same, and the entropy of the reference's distribution in nats: how unsure it was itself."""
 
     chunk: int
     kl: tuple[float, ...]
     same: tuple[bool, ...]
+    entropy: tuple[float, ...]
 
 
 def compare_executors(
@@ -94,6 +95,7 @@ def replay_turn(
     embeddings = turn.embeddings if embeddings is None else embeddings
     divergences: list[float] = []
     same: list[bool] = []
+    entropies: list[float] = []
     used = 0
     for step in turn.steps:
         rows = embeddings[used : used + step.vision_rows] if step.vision_rows else None
@@ -107,13 +109,20 @@ def replay_turn(
             )
         divergences.append(divergence(step.logits, logits))
         same.append(int(step.logits.argmax()) == int(logits.argmax()))
-    return TurnAgreement(turn.chunk, tuple(divergences), tuple(same))
+        entropies.append(entropy(step.logits))
+    return TurnAgreement(turn.chunk, tuple(divergences), tuple(same), tuple(entropies))
 
 
 def divergence(reference: Float32Array, candidate: Float32Array) -> float:
     """KL(reference ‖ candidate) in nats of the distributions of two logits `[vocab]`."""
     expected, found = _log_softmax(reference), _log_softmax(candidate)
     return float(max(0.0, np.sum(np.exp(expected) * (expected - found))))
+
+
+def entropy(logits: Float32Array) -> float:
+    """Entropy in nats of the distribution of logits `[vocab]`: 0 where one token is certain."""
+    logged = _log_softmax(logits)
+    return float(max(0.0, -np.sum(np.exp(logged) * logged)))
 
 
 def check_pages(reference: Executor, candidate: Executor, name: str) -> None:

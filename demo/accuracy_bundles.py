@@ -1,43 +1,117 @@
-"""Bundles of a checkpoint in every precision, made by the `build-engines` command."""
+"""Bundles of a checkpoint in every precision, calibrated once, as `build-engines` makes them."""
 
-import subprocess
-import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from demo.parallel import spread
 from demo.render import write_video
 from demo.world import TRAINING_SEEDS_START, make_scene
+from framesink.build.limits import choose_limits
+from framesink.build.options import BuildOptions
+from framesink.build.pipeline import build_bundle
+from framesink.build.reporter import SilentReporter
+from framesink.build.source import read_build_input, stream_settings
+from framesink.calibration.quantize import quantize_checkpoint
+from framesink.calibration.recipe import CachePrecision, LinearPrecision, Recipe
+from framesink.calibration.recorded_turns import StreamSettings
+from framesink.calibration.statistics import Statistics
+from framesink.calibration.statistics_files import (
+    STATISTICS_NAME,
+    load_statistics,
+    save_statistics,
+)
+from framesink.calibration.streaming import observe_streaming
+from framesink.runtime.models.checkpoint import Checkpoint
 
-LINEAR_PRECISIONS = ("fp16", "fp8", "int8", "int8-weight-only", "int4-weight-only")
-CACHE_PRECISIONS = ("fp16", "int8", "fp8")
+LINEAR_PRECISIONS: tuple[LinearPrecision, ...] = (
+    *("fp16", "fp8", "int8", "int8-weight-only", "int4-weight-only"),
+)
+CACHE_PRECISIONS: tuple[CachePrecision, ...] = ("fp16", "int8", "fp8")
 CALIBRATION_SCENES = 4
-CALIBRATION_SECONDS = 32
+CALIBRATION_SECONDS = 300
+MAX_STREAMS = 8
+
+Scheme = tuple[LinearPrecision, CachePrecision]
 
 
-def write_calibration_videos(folder: Path) -> Path:
-    """Videos of training scenes, `CALIBRATION_SECONDS` each; returns the folder."""
+def scheme_name(scheme: Scheme) -> str:
+    """A scheme as files are named by it."""
+    return f"{scheme[0]}-kv-{scheme[1]}"
+
+
+def write_calibration_videos(folder: Path) -> list[Path]:
+    """Videos of training scenes, `CALIBRATION_SECONDS` each, in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
+    videos = []
     for seed in range(TRAINING_SEEDS_START, TRAINING_SEEDS_START + CALIBRATION_SCENES):
-        path = folder / f"{seed}.mp4"
-        if not path.exists():
-            write_video(make_scene(seed, CALIBRATION_SECONDS), path)
-    return folder
+        videos.append(folder / f"{seed}.mp4")
+        if not videos[-1].exists():
+            write_video(make_scene(seed, CALIBRATION_SECONDS), videos[-1])
+    return videos
 
 
-def build(
-    checkpoint: Path, output: Path, precision: str, cache: str, videos: Path, max_streams: int
-) -> Path:
-    """Build a bundle without plans, unless it is there already; returns its directory."""
-    if output.exists():
-        return output
-    command = [
-        *(str(Path(sys.executable).with_name("build-engines")), str(checkpoint), "-o", str(output)),
-        *("--precision", precision, "--kv-precision", cache, "--calibration-video", str(videos)),
-        *("--no-plans", "--no-gate", "--max-streams", str(max_streams)),
+def settings_of(checkpoint: Path) -> StreamSettings:
+    """How a build of the demo model streams it."""
+    source = read_build_input(checkpoint)
+    options = BuildOptions(checkpoint, output=checkpoint, max_streams=MAX_STREAMS)
+    limits = choose_limits(options, source.checkpoint.config, source.preprocess, source.streaming)
+    return stream_settings(source, limits)
+
+
+def observe(checkpoint: Path, videos: Sequence[Path], folder: Path) -> Statistics:
+    """What calibration sees of a checkpoint by default; kept in `folder`, and read from there."""
+    if not (folder / STATISTICS_NAME).exists():
+        statistics = observe_streaming(Checkpoint.open(checkpoint), settings_of(checkpoint), videos)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_statistics(statistics, folder)
+    return load_statistics(folder)
+
+
+@dataclass(frozen=True, slots=True)
+class BuildTask:
+    """A bundle to build from a 16-bit checkpoint and what calibration saw of it."""
+
+    checkpoint: Path
+    statistics: Path
+    scheme: Scheme
+    output: Path
+
+
+def build_bundles(
+    checkpoint: Path, statistics: Path, schemes: Sequence[Scheme], folder: Path, processes: int
+) -> dict[Scheme, Path]:
+    """The bundles of some schemes without plans; those that are there are not built again."""
+    outputs = {scheme: folder / scheme_name(scheme) for scheme in schemes}
+    tasks = [
+        BuildTask(checkpoint, statistics, scheme, output)
+        for scheme, output in outputs.items()
+        if not output.exists()
     ]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return output
+    folder.mkdir(parents=True, exist_ok=True)
+    spread(_build, tasks, processes)
+    return outputs
 
 
 def size_of(bundle: Path) -> int:
     """Bytes of all files of a bundle."""
     return sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
+
+
+def _build(task: BuildTask) -> None:
+    with tempfile.TemporaryDirectory(dir=task.output.parent) as folder:
+        source, (precision, cache) = task.checkpoint, task.scheme
+        if task.scheme != ("fp16", "fp16"):
+            recipe = Recipe(language_model=precision, vision_encoder=precision, kv_cache=cache)
+            source = Path(folder) / task.checkpoint.name
+            quantize_checkpoint(
+                Checkpoint.open(task.checkpoint),
+                load_statistics(task.statistics),
+                recipe,
+                source,
+            )
+        options = BuildOptions(
+            source, task.output, plans=False, judge=False, max_streams=MAX_STREAMS
+        )
+        build_bundle(options, SilentReporter())

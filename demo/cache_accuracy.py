@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from demo.held_out import Result, compare_on_scenes, score_engine
+from demo.accuracy_bundles import settings_of
+from demo.accuracy_run import Run
+from demo.held_out import Result, compare_on_scenes, narrate_scenes, score_replies
 from demo.scene import Scene
-from framesink.calibration.agreement import Agreement
+from demo.twin import DEFAULT_PAIRS, write_twin
 from framesink.calibration.fake_cache import FakeCache
 from framesink.calibration.fake_quantization import FakeQuantization
 from framesink.calibration.recorded_turns import StreamSettings
@@ -17,11 +20,35 @@ from framesink.calibration.simulation import (
 )
 from framesink.calibration.statistics import Statistics
 from framesink.calibration.streaming import observe_streaming
-from framesink.calibration.torch_executor import TorchExecutor
+from framesink.calibration.torch_executor import DEFAULT_PAGE_SIZE, TorchExecutor
 from framesink.runtime.models.checkpoint import Checkpoint
 from framesink.runtime.models.quantization import CacheScheme
 
 CALIBRATION_CHUNKS = 128
+
+
+def rows(run: Run) -> Iterator[list[str]]:
+    """A row per way to store keys, simulated in torch, on the model and on its twin."""
+    yield ["model", "keys", "format", "event F1", "counts", "answers", "mean KL", "top-1"]
+    twin_name = f"twin-{run.twin_size:g}"
+    twin = run.work / twin_name
+    if not twin.exists():
+        write_twin(run.checkpoint, twin, size=run.twin_size, pairs=DEFAULT_PAIRS)
+    settings = settings_of(run.checkpoint)
+
+    def compare() -> Any:
+        return compare_checkpoints(run.checkpoint, twin, settings, run.scenes).to_json()
+
+    found = Result(**run.saved(twin_name, compare))
+    yield ["twin against the model", "16-bit pages", "16bit", *_cells(found)]
+    for name, directory in (("model", run.checkpoint), (twin_name, twin)):
+
+        def measure(directory: Path = directory) -> Any:
+            measured = measure_caches(directory, run.videos, settings, run.scenes)
+            return [[form, scheme, result.to_json()] for form, scheme, result in measured]
+
+        for form, scheme, values in run.saved(f"caches-{name}", measure):
+            yield [name, form, scheme, *_cells(Result(**values))]
 
 
 def cache_forms(
@@ -53,37 +80,39 @@ def measure_caches(
     videos: Sequence[Path],
     settings: StreamSettings,
     scenes: Sequence[Scene],
-    page_size: int,
 ) -> Iterator[tuple[str, str, Result]]:
     """Form, format and result of each way to store keys, against 16-bit pages."""
     checkpoint = Checkpoint.open(directory)
     statistics = observe_streaming(checkpoint, settings, videos, chunks=CALIBRATION_CHUNKS)
-    pages = settings.num_pages(page_size)
+    pages = settings.num_pages(DEFAULT_PAGE_SIZE)
 
     def executor(cache: FakeCache | None) -> TorchExecutor:
         numerics = FakeQuantization({}, cache)
-        return TorchExecutor(checkpoint, num_pages=pages, page_size=page_size, numerics=numerics)
+        return TorchExecutor(checkpoint, num_pages=pages, numerics=numerics)
 
     forms = {(form, scheme): cache for form, scheme, cache in cache_forms(checkpoint, statistics)}
     candidates = {f"{form}, {scheme}": executor(cache) for (form, scheme), cache in forms.items()}
     turns = compare_on_scenes(executor(None), candidates, settings, scenes)
     for (form, scheme), (name, candidate) in zip(forms, candidates.items(), strict=True):
         with settings.engine(candidate) as engine:
-            score = score_engine(engine, scenes)
-        agreement = Agreement.of(turns[name])
-        yield form, scheme.value, Result.of(score, agreement, chunks=len(turns[name]))
+            score = score_replies(scenes, narrate_scenes(engine, scenes))
+        yield form, scheme.value, Result.of(score, turns[name])
 
 
 def compare_checkpoints(
-    reference: Path, other: Path, settings: StreamSettings, scenes: Sequence[Scene], page_size: int
+    reference: Path, other: Path, settings: StreamSettings, scenes: Sequence[Scene]
 ) -> Result:
     """How far one unquantized checkpoint is from another, and what it scores."""
-    pages = settings.num_pages(page_size)
+    pages = settings.num_pages(DEFAULT_PAGE_SIZE)
     first, second = (
-        TorchExecutor(Checkpoint.open(path), num_pages=pages, page_size=page_size)
-        for path in (reference, other)
+        TorchExecutor(Checkpoint.open(path), num_pages=pages) for path in (reference, other)
     )
     turns = compare_on_scenes(first, {"other": second}, settings, scenes)["other"]
     with settings.engine(second) as engine:
-        score = score_engine(engine, scenes)
-    return Result.of(score, Agreement.of(turns), chunks=len(turns))
+        score = score_replies(scenes, narrate_scenes(engine, scenes))
+    return Result.of(score, turns)
+
+
+def _cells(found: Result) -> list[str]:
+    scores = (found.event_f1, found.counts, found.answers)
+    return [*(f"{value:.3f}" for value in scores), f"{found.kl:.1e}", f"{found.top1:.4f}"]

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from demo.evaluate import narrate, scene_chunks
 from demo.metrics import Score
 from demo.scene import Scene
@@ -18,28 +20,34 @@ from framesink.runtime.video.chunk import Chunk
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What is told of one way to run the model: scores between 0 and 1, KL in nats, bytes."""
+    """What is told of one way to run the model: scores between 0 and 1 of what was said freely, KL
+    in nats and top-1 on forced tokens, bytes."""
 
     event_f1: float
     counts: float
     answers: float
     kl: float
+    median_kl: float
+    worst_kl: float
     top1: float
     tokens: int
     chunks: int
     size: int = 0
 
     @classmethod
-    def of(cls, score: Score, agreement: Agreement, *, chunks: int, size: int = 0) -> "Result":
+    def of(cls, score: Score, turns: Sequence[TurnAgreement], *, size: int = 0) -> "Result":
         """Scores of what was said freely, agreement on forced tokens."""
+        agreement = Agreement.of(turns)
         return cls(
             event_f1=score.f1,
             counts=score.count_accuracy,
             answers=score.answer_accuracy,
             kl=agreement.kl,
+            median_kl=float(np.median([kl for turn in turns for kl in turn.kl])),
+            worst_kl=agreement.worst_kl,
             top1=agreement.top1,
             tokens=agreement.tokens,
-            chunks=chunks,
+            chunks=len(turns),
             size=size,
         )
 
@@ -66,16 +74,22 @@ def stream_of(scene: Scene) -> tuple[Iterator[Chunk], Mapping[int, str]]:
     return scene_chunks(scene, through_video=False), questions
 
 
-def score_engine(engine: StreamingEngine, scenes: Sequence[Scene]) -> Score:
-    """Narrate scenes freely, as many at a time as the engine takes sessions."""
-    score = Score()
+def narrate_scenes(engine: StreamingEngine, scenes: Sequence[Scene]) -> list[list[str]]:
+    """What is said freely in each chunk of each scene, as many scenes at a time as the engine takes
+    sessions."""
+    policy = default_policy(engine.defaults)
+    replies: list[list[str]] = []
     for start in range(0, len(scenes), engine.max_sessions):
         batch = scenes[start : start + engine.max_sessions]
-        policy = default_policy(engine.defaults)
-        for scene, texts in zip(
-            batch, narrate(engine, batch, policy, through_video=False), strict=True
-        ):
-            score.add(scene, texts)
+        replies += narrate(engine, batch, policy, through_video=False)
+    return replies
+
+
+def score_replies(scenes: Sequence[Scene], replies: Sequence[list[str]]) -> Score:
+    """Score what was said in each scene."""
+    score = Score()
+    for scene, said in zip(scenes, replies, strict=True):
+        score.add(scene, said)
     return score
 
 

@@ -11,7 +11,7 @@ from demo.cache_accuracy import cache_forms, compare_checkpoints
 from demo.held_out import Result, held_out_scenes, stream_of
 from demo.metrics import Score
 from demo.twin import write_twin
-from framesink.calibration.agreement import Agreement, TurnAgreement, divergence
+from framesink.calibration.agreement import TurnAgreement, divergence, entropy
 from framesink.calibration.recorded_turns import StreamSettings
 from framesink.calibration.statistics import CacheStatistics, ChannelRange, Statistics
 from framesink.runtime.manifest import Limits, StreamingDefaults
@@ -49,7 +49,7 @@ def test_the_twin_differs_in_the_bias_of_its_slowest_pairs_alone(twin: Path) -> 
 
 def test_the_twin_says_what_the_model_says(twin: Path) -> None:
     """In full precision: a constant part of all keys hardly changes a softmax."""
-    found = compare_checkpoints(MODEL, twin, _settings(), held_out_scenes(4000, 1, 6), 16)
+    found = compare_checkpoints(MODEL, twin, _settings(), held_out_scenes(4000, 1, 6))
     assert found.chunks == 6
     assert found.top1 == 1.0
     assert 0 < found.kl < 1e-4
@@ -91,10 +91,14 @@ def test_a_result_sums_up_scores_and_agreement() -> None:
     (scene,) = held_out_scenes(4000, 1, 30)
     score = Score()
     score.add(scene, [truth.reply for truth in scene.truth])
-    turns = [TurnAgreement(0, (0.1, 0.3), (True, False)), TurnAgreement(1, (0.2,), (True,))]
-    result = Result.of(score, Agreement.of(turns), chunks=2, size=7)
+    turns = [
+        TurnAgreement(0, (0.1, 0.3), (True, False), (0.0, 0.5)),
+        TurnAgreement(1, (0.2,), (True,), (0.0,)),
+    ]
+    result = Result.of(score, turns, size=7)
     assert (result.event_f1, result.counts, result.answers) == (1.0, 1.0, 1.0)
-    assert result.kl == pytest.approx(0.2)
+    assert (result.kl, result.median_kl) == (pytest.approx(0.2), 0.2)
+    assert result.worst_kl == 0.3
     assert result.top1 == pytest.approx(2 / 3)
     assert (result.tokens, result.chunks, result.size) == (3, 2, 7)
     assert Result(**result.to_json()) == result
@@ -106,6 +110,7 @@ def test_divergence_is_that_of_the_distributions() -> None:
     expected = 0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25)
     assert divergence(p, q) == pytest.approx(expected, rel=1e-5)
     assert divergence(p, p) == 0.0
+    assert entropy(p) == pytest.approx(np.log(2))
 
 
 def _settings() -> StreamSettings:

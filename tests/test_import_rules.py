@@ -34,7 +34,7 @@ FORBIDDEN = {
     "calibration": ("framesink.build", "framesink.cli"),
     CUDA_EXECUTOR: ("framesink.build", "framesink.calibration", "framesink.cli", *AUTHORING_STACK),
     "build": ("framesink.cli",),
-    "demo": ("framesink.build", "framesink.cli"),
+    "demo": ("framesink.cli",),
 }
 
 

@@ -1,0 +1,109 @@
+"""What all accuracy measurements share: where things lie, which scenes, in how many processes."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from demo.accuracy_bundles import Scheme, build_bundles, observe, write_calibration_videos
+from demo.held_out import compare_on_scenes
+from demo.scene import Scene
+from demo.world import make_scene
+from framesink.calibration.agreement import TurnAgreement
+from framesink.calibration.recorded_turns import StreamSettings
+from framesink.runtime.bundle import Bundle
+from framesink.runtime.executors import create_executor
+from framesink.runtime.executors.base import Executor
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Where things lie, which scenes are narrated, and on which of them tokens are compared."""
+
+    work: Path
+    checkpoint: Path
+    scenes: Sequence[Scene]
+    compared: Sequence[Scene]
+    processes: int
+    twin_size: float
+
+    @property
+    def videos(self) -> list[Path]:
+        """The calibration videos."""
+        return write_calibration_videos(self.work / "calibration")
+
+    @property
+    def statistics(self) -> Path:
+        """What calibration sees of the checkpoint, by default, on those videos."""
+        folder = self.work / "statistics"
+        observe(self.checkpoint, self.videos, folder)
+        return folder
+
+    def bundles(self, schemes: Sequence[Scheme]) -> dict[Scheme, Path]:
+        """The bundles of some schemes, built if they are not there."""
+        folder = self.work / "bundles"
+        return build_bundles(self.checkpoint, self.statistics, schemes, folder, self.processes)
+
+    def saved(self, name: str, measure: Callable[[], Any]) -> Any:
+        """A result of an earlier run on the same scenes, or what `measure` finds now."""
+        path = self.saved_path(name)
+        if not path.exists():
+            self.save(name, measure())
+        return json.loads(path.read_text())
+
+    def save(self, name: str, found: Any) -> None:
+        """Keep a result, of JSON's types, for later runs on the same scenes."""
+        path = self.saved_path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found) + "\n")
+
+    def saved_path(self, name: str) -> Path:
+        """Where a result on these scenes is kept."""
+        first = self.scenes[0]
+        shown = f"{first.seed}-{len(self.scenes)}x{first.seconds}-{len(self.compared)}"
+        return self.work / "results" / shown / f"{name}.json"
+
+
+@dataclass(frozen=True, slots=True)
+class CompareTask:
+    """Bundles to compare with a reference on one scene."""
+
+    reference: Path
+    candidates: dict[str, Path]
+    seed: int
+    seconds: int
+
+    @property
+    def scene(self) -> Scene:
+        """The scene, laid out again: only its seed travels between processes."""
+        return make_scene(self.seed, self.seconds)
+
+
+def executor(directory: Path) -> tuple[Executor, StreamSettings]:
+    """ONNX Runtime on one thread over a bundle, with pages for one session."""
+    bundle = Bundle.open(directory)
+    settings = StreamSettings.from_bundle(bundle)
+    pages = settings.num_pages(bundle.manifest.page_size)
+    return create_executor(bundle, "onnxruntime", num_pages=pages, threads=1)[0], settings
+
+
+def compare_bundles(task: CompareTask) -> dict[str, Any]:
+    """The turns of each candidate, as JSON's types."""
+    reference, settings = executor(task.reference)
+    candidates = {name: executor(path)[0] for name, path in task.candidates.items()}
+    turns = compare_on_scenes(reference, candidates, settings, [task.scene])
+    return {name: turns_to_json(found) for name, found in turns.items()}
+
+
+def turns_to_json(turns: Sequence[TurnAgreement]) -> list[list[Any]]:
+    """Turns as JSON's types."""
+    return [[turn.chunk, turn.kl, turn.same, turn.entropy] for turn in turns]
+
+
+def turns_from_json(values: Sequence[Sequence[Any]]) -> list[TurnAgreement]:
+    """What `turns_to_json` wrote."""
+    return [
+        TurnAgreement(chunk, tuple(kl), tuple(same), tuple(entropy))
+        for chunk, kl, same, entropy in values
+    ]

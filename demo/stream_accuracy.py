@@ -1,0 +1,137 @@
+"""Agreement with 16-bit along long streams, and whether errors add up in them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from demo.accuracy_bundles import Scheme, scheme_name, settings_of
+from demo.accuracy_run import CompareTask, Run, compare_bundles, turns_from_json, turns_to_json
+from demo.ageing import AGES, measure_ageing
+from demo.parallel import spread
+from demo.world import make_scene
+from framesink.calibration.agreement import TurnAgreement
+from framesink.calibration.fake_quantization import FakeQuantization
+from framesink.calibration.recipe import Recipe
+from framesink.calibration.simulation import simulate_cache, simulate_linears
+from framesink.calibration.statistics_files import load_statistics
+from framesink.runtime.models.checkpoint import Checkpoint
+
+DRIFT_SCHEMES: tuple[Scheme, ...] = (("fp16", "int8"), ("fp8", "fp16"), ("fp8", "int8"))
+STRETCH = 30
+FRESH_CHUNKS = 90
+
+
+def drift_rows(run: Run) -> Iterator[list[str]]:
+    """A row per stretch of the streams: how unsure 16-bit itself is, and each scheme's KL to it."""
+    names = [scheme_name(scheme) for scheme in DRIFT_SCHEMES]
+    yield ["chunks", "entropy", *(f"{name}: {what}" for name in names for what in _COLUMNS)]
+
+    def measure() -> list[Any]:
+        bundles = run.bundles([("fp16", "fp16"), *DRIFT_SCHEMES])
+        reference = bundles["fp16", "fp16"]
+        candidates = {scheme_name(scheme): bundles[scheme] for scheme in DRIFT_SCHEMES}
+        tasks = [
+            CompareTask(reference, candidates, scene.seed, scene.seconds) for scene in run.scenes
+        ]
+        return spread(compare_bundles, tasks, run.processes)
+
+    scenes = run.saved("drift", measure)
+    turns = {
+        name: [turn for found in scenes for turn in turns_from_json(found[name])] for name in names
+    }
+    for chunks in _stretches(run.scenes[0].seconds):
+        inside = {name: _inside(found, chunks) for name, found in turns.items()}
+        cells = [_span(chunks), f"{_entropy(inside[names[0]]):.1e}"]
+        for name in names:
+            cells += _cells(inside[name])
+        yield cells
+
+
+def ageing_rows(run: Run) -> Iterator[list[str]]:
+    """A row per scheme and stretch: the same tokens with old and with young errors."""
+    yield ["scheme", "chunks", "entropy", *(f"{age}: {what}" for age in AGES for what in _COLUMNS)]
+
+    def measure() -> list[Any]:
+        tasks = [
+            AgeingTask(run.checkpoint, run.statistics, scene.seed, scene.seconds)
+            for scene in run.scenes
+        ]
+        return spread(_age, tasks, run.processes)
+
+    scenes = run.saved("ageing", measure)
+    for name in map(scheme_name, DRIFT_SCHEMES):
+        turns = {
+            age: [turn for found in scenes for turn in turns_from_json(found[name][age])]
+            for age in AGES
+        }
+        for chunks in _stretches(run.scenes[0].seconds):
+            inside = {age: _inside(found, chunks) for age, found in turns.items()}
+            cells = [name, _span(chunks), f"{_entropy(inside['old']):.1e}"]
+            for age in AGES:
+                cells += _cells(inside[age])
+            yield cells
+
+
+@dataclass(frozen=True, slots=True)
+class AgeingTask:
+    """A scene on which errors of different ages are compared."""
+
+    checkpoint: Path
+    statistics: Path
+    seed: int
+    seconds: int
+
+
+_COLUMNS = ("mean KL", "median", "99 %", "top-1")
+
+
+def _cells(turns: Sequence[TurnAgreement]) -> list[str]:
+    divergences = [kl for turn in turns for kl in turn.kl]
+    if not divergences:
+        return ["–"] * len(_COLUMNS)
+    same = float(np.mean([same for turn in turns for same in turn.same]))
+    middle, high = np.quantile(divergences, [0.5, 0.99])
+    return [*(f"{value:.1e}" for value in (np.mean(divergences), middle, high)), f"{same:.4f}"]
+
+
+def _entropy(turns: Sequence[TurnAgreement]) -> float:
+    return float(np.mean([value for turn in turns for value in turn.entropy]))
+
+
+def _stretches(seconds: int) -> list[range]:
+    return [range(start, min(start + STRETCH, seconds)) for start in range(0, seconds, STRETCH)]
+
+
+def _span(chunks: range) -> str:
+    return f"{chunks.start} to {chunks.stop - 1}"
+
+
+def _inside(turns: Sequence[TurnAgreement], chunks: range) -> list[TurnAgreement]:
+    return [turn for turn in turns if turn.chunk in chunks]
+
+
+def _age(task: AgeingTask) -> dict[str, Any]:
+    checkpoint, statistics = Checkpoint.open(task.checkpoint), load_statistics(task.statistics)
+    schemes = {}
+    for precision, cache in DRIFT_SCHEMES:
+        recipe = Recipe(language_model=precision, vision_encoder=precision, kv_cache=cache)
+        quantization = recipe.resolve(checkpoint.config)
+        schemes[scheme_name((precision, cache))] = FakeQuantization(
+            simulate_linears(checkpoint, statistics, quantization),
+            simulate_cache(statistics, quantization.cache),
+        )
+    found = measure_ageing(
+        checkpoint,
+        schemes,
+        settings_of(task.checkpoint),
+        make_scene(task.seed, task.seconds),
+        stretch=STRETCH,
+        opened=task.seconds - FRESH_CHUNKS,
+    )
+    return {
+        name: {age: turns_to_json(getattr(turns, age)) for age in AGES}
+        for name, turns in found.items()
+    }
