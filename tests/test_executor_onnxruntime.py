@@ -16,7 +16,7 @@ from reference.paged_stream import PAGE, Conversation, PagedStream, make_convers
 
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.errors import BundleError, CapacityError, FramesinkError
-from framesink.runtime.executors import create_executor
+from framesink.runtime.executors import create_executor, create_vision_encoder
 from framesink.runtime.executors.base import ContextView, SequenceInput
 from framesink.runtime.executors.batching import MAX_PADDING, group_by_size
 from framesink.runtime.executors.onnxruntime import OnnxRuntimeExecutor
@@ -194,3 +194,18 @@ def empty_sequence(new: int, pages: int) -> SequenceInput:
     )
     slots = np.zeros(new, np.int32)
     return SequenceInput(slots, None, np.zeros((3, new), np.int32), slots, context, True)
+
+
+def test_the_vision_encoder_alone_says_what_it_says_inside_an_executor(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle, check="sizes")
+    grid = Grid(2, 4, 6)
+    patches = np.random.default_rng(3).standard_normal(
+        (grid.patches, bundle.manifest.preprocess.patch_dim), dtype=np.float32
+    )
+    whole, _ = create_executor(bundle, num_pages=2, threads=1)
+    alone = create_vision_encoder(bundle, threads=1)
+    assert np.array_equal(alone.encode_vision(patches, grid), whole.encode_vision(patches, grid))
+    alone.close()
+    assert whole.encode_vision(patches, grid).shape == (12, bundle.manifest.model.text.hidden_size)
+    with pytest.raises(FramesinkError, match="'cudnn' is unknown"):
+        create_vision_encoder(bundle, "cudnn")

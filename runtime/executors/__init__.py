@@ -2,7 +2,7 @@
 
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.errors import FramesinkError
-from framesink.runtime.executors.base import Executor
+from framesink.runtime.executors.base import Executor, VisionEncoder
 from framesink.runtime.gpu import current_sm
 
 AVAILABLE = ("onnxruntime",)
@@ -18,16 +18,33 @@ def create_executor(
     CPU (None: one per physical core). Raises FramesinkError for a name that is unknown or not
     available, and what the executor's own loading raises.
     """
-    if name not in ("auto", *AVAILABLE):
-        state = "is not part of this version" if name in KNOWN else "is unknown"
-        raise FramesinkError(
-            f"The executor {name[:64]!r} {state}; available are auto, {', '.join(AVAILABLE)}."
-        )
+    _require_available(name)
     # Imported here: a host that runs another executor may lack this one's packages.
     from framesink.runtime.executors.onnxruntime import OnnxRuntimeExecutor
 
     executor = OnnxRuntimeExecutor.from_bundle(bundle, num_pages=num_pages, threads=threads)
     return executor, f"onnxruntime on the CPU: {_why(name)}."
+
+
+def create_vision_encoder(
+    bundle: Bundle, name: str = "auto", *, threads: int | None = None
+) -> VisionEncoder:
+    """Load a bundle's vision encoder alone, for a process that runs no language model.
+
+    Arguments and errors are those of `create_executor`.
+    """
+    _require_available(name)
+    from framesink.runtime.executors.onnx_vision import OnnxVisionEncoder
+
+    return OnnxVisionEncoder.from_bundle(bundle, threads=threads)
+
+
+def _require_available(name: str) -> None:
+    if name not in ("auto", *AVAILABLE):
+        state = "is not part of this version" if name in KNOWN else "is unknown"
+        raise FramesinkError(
+            f"The executor {name[:64]!r} {state}; available are auto, {', '.join(AVAILABLE)}."
+        )
 
 
 def _why(name: str) -> str:

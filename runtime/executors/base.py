@@ -51,16 +51,24 @@ class SequenceInput:
     bases: Int32Array | None = None
 
 
-class Executor(Protocol):
+class VisionEncoder(Protocol):
+    """Runs the vision encoder. Used from one thread only."""
+
+    def encode_vision(self, patches: Float32Array, grid: Grid) -> Float32Array:
+        """Patches float32 `[t·h·w, patch_dim]` to embeddings float32 `[t·h·w / merge², hidden]`."""
+        ...
+
+    def close(self) -> None:
+        """Free the weights."""
+        ...
+
+
+class Executor(VisionEncoder, Protocol):
     """Runs the model and owns the K/V pages. Used from one thread only."""
 
     name: str
     page_size: int
     num_pages: int
-
-    def encode_vision(self, patches: Float32Array, grid: Grid) -> Float32Array:
-        """Patches float32 `[t·h·w, patch_dim]` to embeddings float32 `[t·h·w / merge², hidden]`."""
-        ...
 
     def step(self, batch: Sequence[SequenceInput]) -> list[Float32Array | None]:
         """Run one in-flight batch; the new K/V rows are in their slots when it returns.

@@ -6,9 +6,8 @@ the pages here, which the next run reads in place.
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import onnxruntime
@@ -19,20 +18,12 @@ from framesink.runtime.bundle import Bundle
 from framesink.runtime.errors import BundleError, CapacityError
 from framesink.runtime.executors.base import SequenceInput
 from framesink.runtime.executors.batching import PaddedGroup, group_by_size, pad_group
+from framesink.runtime.executors.onnx_graph import input_dtype, load_graph
+from framesink.runtime.executors.onnx_vision import OnnxVisionEncoder
 from framesink.runtime.models.config import ModelConfig
 from framesink.runtime.models.safetensors import read_header, read_tensor
-from framesink.runtime.models.vision_segments import frame_segments, window_segments
 from framesink.runtime.preprocess import Grid
-from framesink.runtime.rope import MRopeTable, vision_rotary
-
-DTYPES: Mapping[str, np.dtype[Any]] = {
-    "tensor(float)": np.dtype(np.float32),
-    "tensor(float16)": np.dtype(np.float16),
-    "tensor(int8)": np.dtype(np.int8),
-}
-# A live session has one grid, and another after a change of resolution.
-CACHED_GRIDS = 16
-LOG_ERRORS_ONLY = 3
+from framesink.runtime.rope import MRopeTable
 
 
 class OnnxRuntimeExecutor:
@@ -59,16 +50,13 @@ class OnnxRuntimeExecutor:
         self.num_pages = num_pages
         self._config = config
         self._embedding = embedding
-        self._language_model = _load(language_model, threads)
-        self._vision_encoder = _load(vision_encoder, threads)
+        self._language_model = load_graph(language_model, threads)
+        self._vision = OnnxVisionEncoder(config, vision_encoder, threads=threads)
         self._outputs = [output.name for output in self._language_model.get_outputs()]
-        self._vision_inputs = {value.name for value in self._vision_encoder.get_inputs()}
-        self._dtype = _input_dtype(self._language_model, "inputs_embeds")
-        self._vision_dtype = _input_dtype(self._vision_encoder, "patches")
+        self._dtype = input_dtype(self._language_model, "inputs_embeds")
         self._pools = _allocate_pools(self._language_model, num_pages)
         self.page_size = self._pools["k_pages.0"].shape[2]
         self._rope = MRopeTable(config.text, self._dtype)
-        self._vision_layout = lru_cache(maxsize=CACHED_GRIDS)(self._make_vision_layout)
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, *, num_pages: int, threads: int | None = None) -> Self:
@@ -88,22 +76,8 @@ class OnnxRuntimeExecutor:
         )
 
     def encode_vision(self, patches: Float32Array, grid: Grid) -> Float32Array:
-        """Patches float32 `[t·h·w, patch_dim]` to embeddings float32 `[t·h·w / merge², hidden]`."""
-        feeds = {**self._vision_layout(grid), "patches": patches.astype(self._vision_dtype)}
-        (embeddings,) = self._vision_encoder.run(None, feeds)
-        return np.asarray(embeddings, np.float32)
-
-    def _make_vision_layout(self, grid: Grid) -> dict[str, AnyArray]:
-        """The inputs of the vision encoder that depend on the grid alone."""
-        config, dtype = self._config.vision, self._vision_dtype
-        cos, sin = vision_rotary([grid], config, dtype)
-        layout = {"cos": cos, "sin": sin}
-        segments = {"window": window_segments([grid], config), "frame": frame_segments([grid])}
-        for kind, segment in segments.items():
-            layout[f"{kind}_index"] = segment.index
-            layout[f"{kind}_inverse"] = segment.inverse
-            layout[f"{kind}_mask"] = segment.mask.astype(dtype)
-        return {name: array for name, array in layout.items() if name in self._vision_inputs}
+        """See `OnnxVisionEncoder`."""
+        return self._vision.encode_vision(patches, grid)
 
     def step(self, batch: Sequence[SequenceInput]) -> list[Float32Array | None]:
         """Run one in-flight batch, in groups of like size; see `Executor.step`."""
@@ -162,44 +136,16 @@ class OnnxRuntimeExecutor:
 
     def close(self) -> None:
         """Free weights and pages."""
-        del self._language_model, self._vision_encoder
+        self._vision.close()
+        del self._language_model
         self._pools.clear()
-
-
-def _load(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.log_severity_level = LOG_ERRORS_ONLY
-    # Threads that wait must not burn the cores that capture and the terminal need.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # One remembered allocation plan per combination of lengths would grow without end.
-    options.enable_mem_pattern = False
-    # Its own rewriting of QuantizeLinear and DequantizeLinear fails on FP8 and changes results;
-    # without it quantized weights become numbers once, at load, and not in every step.
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions share no base class of their own
-        reason = str(error).strip().splitlines()[0]
-        raise BundleError(f"ONNX Runtime cannot load {path.name}: {reason}") from error
-
-
-def _input_dtype(session: onnxruntime.InferenceSession, name: str) -> np.dtype[Any]:
-    """The numpy type of a graph input."""
-    kind = next(value.type for value in session.get_inputs() if value.name == name)
-    if kind not in DTYPES:
-        raise BundleError(
-            f"The executed graph takes {kind} for {name}, which ONNX Runtime cannot compute on a "
-            "CPU; build the bundle again."
-        )
-    return DTYPES[kind]
 
 
 def _allocate_pools(session: onnxruntime.InferenceSession, num_pages: int) -> dict[str, AnyArray]:
     """Zeroed pages `[N, Hkv, page, D]` of every layer's K and V, by input name."""
     layers = [value for value in session.get_inputs() if "_pages." in value.name]
     shapes = {value.name: (num_pages, *value.shape[1:]) for value in layers}
-    dtypes = {value.name: _input_dtype(session, value.name) for value in layers}
+    dtypes = {value.name: input_dtype(session, value.name) for value in layers}
     needed = sum(math.prod(shapes[name]) * dtypes[name].itemsize for name in shapes)
     available = psutil.virtual_memory().available
     if needed > available:
