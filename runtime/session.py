@@ -16,7 +16,7 @@ from framesink.runtime.preprocess import Grid, PreprocessConfig, frames_to_patch
 from framesink.runtime.protocol import ChatProtocol
 from framesink.runtime.session_input import PreparedChunk, Question, SessionInput
 from framesink.runtime.stats import SessionStats
-from framesink.runtime.video.chunk import Chunk
+from framesink.runtime.video.chunk import Chunk, stack_frames
 
 
 class Driver(Protocol):
@@ -88,7 +88,7 @@ class Session:
         """
         begin = self._next_t0 if t0 is None else t0
         end = begin + self._chunk_seconds if t1 is None else t1
-        stacked = _stack(frames)
+        stacked = stack_frames(frames)
         if timestamps is None:
             timestamps = [begin + (end - begin) * i / len(stacked) for i in range(len(stacked))]
         chunk = Chunk(
@@ -118,7 +118,7 @@ class Session:
         handed_at = time.monotonic()
         self._source.require_open()
         _require_length(chunk.t0, chunk.t1)
-        patches, grid = frames_to_patches(_stack(chunk.frames), self._preprocess)
+        patches, grid = frames_to_patches(stack_frames(chunk.frames), self._preprocess)
         self._require_patches(grid, len(chunk.frames))
         prepared = PreparedChunk(
             content=patches,
@@ -277,18 +277,3 @@ def _require_length(t0: float, t1: float) -> None:
         raise VideoError(f"A chunk from {t0} s to {t1} s is not in time; give finite seconds.")
     if t1 <= t0:
         raise VideoError(f"A chunk from {t0:g} s to {t1:g} s has no length; t1 must be later.")
-
-
-def _stack(frames: UInt8Array | Sequence[UInt8Array]) -> UInt8Array:
-    """Frames as one array. Raises VideoError unless they are uint8 RGB of one size."""
-    if len(frames) == 0:
-        raise VideoError("A chunk without frames cannot be shown to the model.")
-    if len({np.shape(frame) for frame in frames}) > 1:
-        raise VideoError("The frames of a chunk differ in size; resize or split the chunk.")
-    stacked = np.asarray(frames)
-    if stacked.dtype != np.uint8 or stacked.ndim != 4 or stacked.shape[3] != 3:
-        raise VideoError(
-            f"Frames must be uint8 RGB of shape [height, width, 3], not {stacked.dtype} "
-            f"{list(stacked.shape[1:])}."
-        )
-    return stacked

@@ -1,0 +1,151 @@
+"""A connection to one server: short calls that are answered or fail in time, and long streams."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+from tritonclient.grpc.service_pb2 import (
+    ModelReadyRequest,
+    ServerReadyRequest,
+)
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
+
+from framesink.client.errors import (
+    ClientError,
+    RefusedError,
+    ServerGoneError,
+    ServerUnavailableError,
+    SessionLostError,
+)
+from framesink.client.wire import Request, decode, encode
+from framesink.runtime.errors import OptionError
+from framesink.serving.contract import LANGUAGE_MODEL
+
+_PLAIN, _TLS = "grpc://", "grpcs://"
+# Only this header makes Triton end a stream with the status of an error.
+_STATUS_OF_ERRORS = (("triton_grpc_error", "true"),)
+_OPTIONS = (("grpc.max_send_message_length", -1),)
+# Whoever waits for a name or a port learns within this time that it is not there.
+_SOON = (("grpc.max_reconnect_backoff_ms", 1000), ("grpc.enable_retries", 0))
+_NOT_NOW = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "INTERNAL", "UNKNOWN", "CANCELLED")
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """Encryption: whom to trust, and who this client is. Files in PEM; None is the system's
+    roots, and no certificate of one's own."""
+
+    root_certificates: Path | None = None
+    certificate: Path | None = None
+    private_key: Path | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """gRPC's form of it. Raises OptionError for a file that cannot be read."""
+
+        def read(path: Path | None) -> bytes | None:
+            try:
+                return None if path is None else path.read_bytes()
+            except OSError as error:
+                raise OptionError(
+                    f"{path} cannot be read ({error.strerror}); give a PEM file."
+                ) from error
+
+        return grpc.ssl_channel_credentials(
+            read(self.root_certificates), read(self.private_key), read(self.certificate)
+        )
+
+
+class Connection:
+    """A gRPC channel. Safe from any thread."""
+
+    def __init__(self, url: str, *, timeout: float, tls: Tls | None = None) -> None:
+        """`url` is `grpc://HOST:PORT`, `grpcs://HOST:PORT` or `HOST:PORT`; `timeout` bounds every
+        short call, in seconds. Nothing is sent yet."""
+        self.target = url.removeprefix(_PLAIN).removeprefix(_TLS).rstrip("/")
+        host, _, port = self.target.rpartition(":")
+        if not host or not port.isdecimal():
+            raise OptionError(f"{url!r} is not grpc://HOST:PORT, such as grpc://localhost:8001.")
+        self.timeout = timeout
+        options = _OPTIONS + _SOON
+        if tls is not None or url.startswith(_TLS):
+            credentials = (tls or Tls()).credentials()
+            self._channel = grpc.secure_channel(self.target, credentials, options)
+        else:
+            self._channel = grpc.insecure_channel(self.target, options)
+        self._stub = GRPCInferenceServiceStub(self._channel)
+
+    def ready(self) -> bool:
+        """Whether the server takes sessions now. Raises ServerGoneError if nobody answers."""
+        try:
+            server = self._stub.ServerReady(ServerReadyRequest(), timeout=self.timeout)
+            if not server.ready:
+                return False
+            model = ModelReadyRequest(name=LANGUAGE_MODEL)
+            return bool(self._stub.ModelReady(model, timeout=self.timeout).ready)
+        except grpc.RpcError as error:
+            raise self.gone(error) from error
+
+    def require_ready(self) -> None:
+        """Raise ServerGoneError if nobody answers, ServerUnavailableError if not ready."""
+        if not self.ready():
+            raise ServerUnavailableError(
+                f"The server at {self.target} is not ready: it is starting, recovering or "
+                "stopping; try again in a moment.",
+                "UNAVAILABLE",
+            )
+
+    def call(self, request: Request) -> None:
+        """Send a request that brings no event, and wait until it is answered.
+
+        Raises ServerUnavailableError where trying again may help, RefusedError where not.
+        """
+        call = self._stub.ModelStreamInfer(
+            iter((encode(request),)), timeout=self.timeout, metadata=_STATUS_OF_ERRORS
+        )
+        try:
+            for message in call:
+                response = decode(message)
+                if response.error is not None:  # of Triton itself, which tells no status
+                    raise RefusedError(response.error, "INVALID_ARGUMENT")
+                if response.final:
+                    return
+        except grpc.RpcError as error:
+            code, sentence = _status(error)
+            if code in _NOT_NOW:
+                raise ServerUnavailableError(sentence, code) from error
+            raise RefusedError(sentence, code) from error
+        finally:
+            call.cancel()
+        raise ServerGoneError(f"The server at {self.target} ended a call without an answer.")
+
+    def require_session(self, model: str, sequence_id: int) -> None:
+        """Raise SessionLostError if the server does not know a session, and what `call` raises."""
+        try:
+            self.call(Request(model, "probe", sequence_id))
+        except RefusedError as error:
+            raise SessionLostError(str(error), error.code) from error
+
+    def stream(self, messages: Iterator[Any]) -> Any:
+        """A call that lasts as long as a session does: messages in, messages out."""
+        return self._stub.ModelStreamInfer(messages)
+
+    def gone(self, error: grpc.RpcError | None = None) -> ClientError:
+        """The error to raise for a stream or a call that broke."""
+        code, reason = ("UNAVAILABLE", "it ended the stream") if error is None else _status(error)
+        return ServerGoneError(
+            f"The server at {self.target} is gone or cannot be reached ({reason.rstrip('.')}); "
+            "check the address and that it runs.",
+            code,
+        )
+
+    def close(self) -> None:
+        """End the channel and whatever runs over it."""
+        self._channel.close()
+
+
+def _status(error: grpc.RpcError) -> tuple[str, str]:
+    """Name of the code, and the sentence."""
+    code: grpc.StatusCode = error.code()
+    return code.name, error.details() or code.name

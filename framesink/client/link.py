@@ -1,0 +1,410 @@
+"""A session's link to its server: requests out, events in, and finding back after a loss.
+
+It knows no waiting caller: `session.py` and `aio.py` wait, each in their own way.
+"""
+
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+from framesink.client.connection import Connection
+from framesink.client.errors import (
+    ClientError,
+    RefusedError,
+    ServerGoneError,
+    ServerUnavailableError,
+    SessionLostError,
+)
+from framesink.client.flow import Flow
+from framesink.client.frames import OutgoingChunk
+from framesink.client.replies import Pending, Replies
+from framesink.client.settings import SessionSettings
+from framesink.client.stream import RequestStream
+from framesink.client.transcript import Transcript
+from framesink.client.wire import ChunkPayload, ParameterValue, Request, Response
+from framesink.runtime.errors import BacklogError, FramesinkError, SessionClosedError
+from framesink.runtime.events import EventKind
+from framesink.serving.contract import LANGUAGE_MODEL
+
+_MAX_QUESTIONS = 16
+_MAX_EVENTS = 1024
+_TRANSCRIPT_CHARACTERS = 8_000
+_JOIN_SECONDS = 2.0
+_FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.1, 2.0
+
+
+class SessionLink:
+    """Safe from any thread. `flow` holds the places for chunks and the events."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        settings: SessionSettings,
+        parameters: Mapping[str, ParameterValue],
+    ) -> None:
+        """Open a session on the server. Raises what `Connection.require_ready` and `call` do."""
+        self.settings = settings
+        self.flow = Flow(settings.max_in_flight, _MAX_EVENTS)
+        self._connection = connection
+        self._parameters = parameters
+        self._transcript = Transcript(
+            _TRANSCRIPT_CHARACTERS, str(parameters.get("previous_text", ""))
+        )
+        self._replies = Replies()
+        self._lock = threading.Lock()
+        self._probing = threading.Lock()
+        self._closing = threading.Event()
+        self._finishing = False
+        self._stream: RequestStream | None = None
+        self._cause: ClientError | None = None
+        self._pending: dict[str, Pending] = {}
+        self._waiting: list[Pending] = []
+        self._unanswered: deque[str] = deque()
+        self._requests = 0
+        self._heard_at = self._asked_at = time.monotonic()
+        connection.require_ready()
+        self.sequence_id = self._start(parameters)
+
+    @property
+    def transcript(self) -> str:
+        """What was said so far."""
+        with self._lock:
+            return self._transcript.text
+
+    # Out.
+
+    def send_chunk(self, chunk: OutgoingChunk) -> None:
+        """Send a chunk for which a place was taken; raises VideoError if it cannot be compressed.
+
+        Compressing takes its time in the calling thread.
+        """
+        began = time.monotonic()
+        try:
+            payload = chunk.payload(self.settings.frame_format, self.settings.quality)
+            with self._lock:
+                self._require_input()
+                request = self._request(chunk=payload)
+                self._send(Pending(request, began, chunk.captured_at, holds_place=True))
+        except FramesinkError:
+            self.flow.return_places(1)
+            raise
+
+    def send_question(self, text: str) -> None:
+        """Send a question. Raises BacklogError while too many are unanswered."""
+        with self._lock:
+            self._require_input()
+            if len(self._unanswered) >= _MAX_QUESTIONS:
+                raise BacklogError(
+                    f"{_MAX_QUESTIONS} questions wait for chunks to be answered with; push some."
+                )
+            self._unanswered.append(text)
+            self._send(Pending(self._request(question=text), time.monotonic()))
+
+    def send_finish(self) -> None:
+        """Say that no more input comes."""
+        with self._lock:
+            if self._finishing or self.flow.ended:
+                return
+            self._finishing = True
+            self._send(Pending(self._request(end=True), time.monotonic()))
+
+    def cancel(self) -> None:
+        """Give up what is under way; no event of it comes any more."""
+        with self._lock:
+            stream, self._stream = self._stream, None
+            given_up = self._take_pending()
+        self.flow.return_places(_places(given_up))
+        if stream is not None:
+            stream.cancel()
+            stream.join(_JOIN_SECONDS)
+
+    def close(self) -> None:
+        """End the session here and on the server, whose pages are then free."""
+        with self._lock:
+            if self._closing.is_set():
+                return
+            self._closing.set()
+            over = self.flow.ended
+        if not over:
+            self._end_on_server()
+        self.flow.end()
+        self.cancel()
+
+    def resume(self) -> None:
+        """Go on after a failure or an error event: in the same session if the server still has it,
+        or else in a new one that starts from the transcript. Raises ClientError if it cannot."""
+        with self._lock:
+            if self._closing.is_set():
+                raise SessionClosedError("The session was closed; open another.")
+            if not self.flow.ended:
+                return
+            self._finishing = False
+        self._reattach(time.monotonic(), time.monotonic() + self.settings.reconnect_seconds, [])
+
+    # In: called by the stream's thread.
+
+    def received(self, stream: RequestStream, response: Response) -> None:
+        """See Receiver."""
+        with self._lock:
+            pending = self._pending.get(response.request_id)
+            if stream is not self._stream or pending is None:
+                return
+            self._heard_at = time.monotonic()
+            last = response.final or response.error is not None
+            if last:
+                del self._pending[response.request_id]
+            event = response.event
+            if event is not None:
+                event = self._replies.take(pending, event)
+                self._transcript.add(event)
+                if event.final:
+                    self._settle(event.question)
+            returns_place = pending.holds_place and event is not None and event.final
+            if returns_place:
+                pending.holds_place = False
+        if event is not None:
+            self.flow.put(event, returns_place=returns_place)
+            if event.final and event.kind is EventKind.ERROR:
+                self._end()
+                return
+        if response.error is not None:
+            self._refused(stream, pending, response.error)
+        elif last:
+            self.flow.return_places(pending.holds_place)
+            if pending.request.end:
+                self._end()
+
+    def broke(self, stream: RequestStream, error: ClientError) -> None:
+        """See Receiver."""
+        with self._lock:
+            if stream is not self._stream:
+                return
+            self._stream = None
+            cause, self._cause = self._cause or error, None
+            lost = self._take_pending()
+            self.flow.pause()
+        now = time.monotonic()
+        try:
+            if self.settings.reconnect_seconds <= 0:
+                raise cause
+            self._reattach(now, now + self.settings.reconnect_seconds, lost)
+        except FramesinkError as failure:
+            with self._lock:
+                lost += self._take_pending()
+            self.flow.return_places(_places(lost))
+            self.flow.end(None if self._closing.is_set() else failure)
+
+    def _refused(self, stream: RequestStream, pending: Pending, sentence: str) -> None:
+        """One request was refused, or the session is lost: the server is asked which."""
+        try:
+            self._connection.require_session(self.settings.model, self.sequence_id)
+        except ClientError as error:
+            with self._lock:
+                if stream is self._stream:
+                    self._cause = error
+                    # It was not taken, so it may be sent again.
+                    self._pending[pending.request.request_id] = pending
+            stream.cancel()
+            return
+        if pending.request.end:
+            self.flow.end(RefusedError(sentence))
+            return
+        with self._lock:
+            self._settle(pending.request.question)
+            notice = self._replies.notice(sentence, [pending])
+        self.flow.put(notice, returns_place=pending.holds_place)
+
+    def _end(self) -> None:
+        """The server has ended the session."""
+        self.flow.end()
+        with self._lock:
+            stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.cancel()
+
+    # Losing and finding.
+
+    def check_server(self) -> None:
+        """Ask the server about a reply that stays away; called by whoever waits for one.
+
+        A server that does not answer, or has forgotten the session, breaks the stream.
+        """
+        now = time.monotonic()
+        with self._lock:
+            stream = self._stream
+            oldest = min((pending.sent_at for pending in self._pending.values()), default=now)
+            silent = now - max(oldest, self._heard_at)
+        if stream is None or silent < self.settings.quiet_seconds:
+            return
+        if not self._probing.acquire(blocking=False):
+            return
+        try:
+            if silent > self.settings.reply_seconds:
+                raise ServerGoneError(
+                    f"The server has not answered for {silent:.0f} s, though it knows the session; "
+                    "open another."
+                )
+            if now - self._asked_at >= self.settings.quiet_seconds:
+                self._connection.require_session(self.settings.model, self.sequence_id)
+                self._asked_at = time.monotonic()
+        except ClientError as error:
+            with self._lock:
+                self._cause = error
+            stream.cancel()
+        finally:
+            self._probing.release()
+
+    def _reattach(self, since: float, deadline: float, lost: list[Pending]) -> None:
+        """Find the session again, or open another that goes on from the transcript."""
+        wait = _FIRST_WAIT_SECONDS
+        while True:
+            try:
+                anew = self._find_session()
+                break
+            except ServerUnavailableError:
+                if time.monotonic() + wait >= deadline:
+                    raise
+                if self._closing.wait(wait):
+                    raise SessionClosedError("The session was closed.") from None
+                wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
+        if self._closing.is_set():
+            self._end_on_server()
+            raise SessionClosedError("The session was closed.")
+        with self._lock:
+            again = [pending for pending in lost if _may_be_sent_again(pending, anew)]
+            gone = [p for p in lost if p not in again and p.request.chunk is not None]
+            notice = None
+            if anew or gone:
+                notice = self._replies.notice(_loss(time.monotonic() - since, anew, gone), lost)
+            self._heard_at = time.monotonic()
+            waiting, self._waiting = self._waiting, []
+            self.flow.resume()
+            if anew:
+                self._replies.begin_anew()
+                asked = [pending.request.question for pending in again + waiting]
+                for text in self._unanswered:
+                    if text not in asked:
+                        self._send(Pending(self._request(question=text), time.monotonic()))
+            for pending in again:
+                pending.resent = True
+            for pending in again + waiting:
+                self._send(pending)
+        self.flow.return_places(_places(gone))
+        if notice is not None:
+            self.flow.put(notice)
+
+    def _find_session(self) -> bool:
+        """Whether the session is a new one. Raises ServerUnavailableError, RefusedError."""
+        self._connection.require_ready()
+        try:
+            self._connection.require_session(self.settings.model, self.sequence_id)
+            return False
+        except SessionLostError:
+            said = {"previous_text": text} if (text := self.transcript) else {}
+            self.sequence_id = self._start({**self._parameters, **said})
+            return True
+
+    # Details.
+
+    def _start(self, parameters: Mapping[str, ParameterValue]) -> int:
+        sequence_id = secrets.randbits(62) + 1
+        self._connection.call(
+            Request(self.settings.model, "open", sequence_id, start=True, parameters=parameters)
+        )
+        return sequence_id
+
+    def _require_input(self) -> None:
+        self.flow.require_open()
+        if self._finishing:
+            raise SessionClosedError("The session was finished and takes no more input.")
+
+    def _end_on_server(self) -> None:
+        """Free the session's pages at once; a server that is gone, or slow, does it by itself."""
+        with suppress(ClientError):
+            self._connection.call(Request(LANGUAGE_MODEL, "close", self.sequence_id, end=True))
+
+    def _request(
+        self, *, chunk: ChunkPayload | None = None, question: str | None = None, end: bool = False
+    ) -> Request:
+        """A request of this session; it gets its number when it is sent."""
+        parameters: dict[str, ParameterValue] = {}
+        if chunk is not None and chunk.dropped:
+            parameters["dropped"] = chunk.dropped
+        if end:
+            parameters["finish"] = True
+        return Request(
+            self.settings.model,
+            "",
+            self.sequence_id,
+            end=end,
+            chunk=chunk,
+            question=question,
+            parameters=parameters,
+        )
+
+    def _settle(self, question: str | None) -> None:
+        """A question was answered or refused; the lock is held."""
+        with suppress(ValueError):
+            self._unanswered.remove(question or "")
+
+    def _take_pending(self) -> list[Pending]:
+        """All that is under way or waits; the lock is held."""
+        taken = [*self._pending.values(), *self._waiting]
+        self._pending.clear()
+        self._waiting = []
+        return taken
+
+    def _send(self, pending: Pending) -> None:
+        """Send a request under the next number, in the session of now; the lock is held.
+
+        While the connection is lost it waits.
+        """
+        if self.flow.paused:
+            self._waiting.append(pending)
+            return
+        self._requests += 1
+        pending.request = replace(
+            pending.request, request_id=str(self._requests), sequence_id=self.sequence_id
+        )
+        self._pending[pending.request.request_id] = pending
+        if self._stream is None:
+            self._stream = RequestStream(self._connection, self)
+        self._stream.send(pending.request)
+
+
+def backlog(waited: float) -> BacklogError:
+    """The error of a push that found no place."""
+    return BacklogError(
+        f"No chunk under way was answered and read within {waited:g} s; read the session's events, "
+        "or push less."
+    )
+
+
+def _places(requests: Sequence[Pending]) -> int:
+    return sum(pending.holds_place for pending in requests)
+
+
+def _may_be_sent_again(pending: Pending, anew: bool) -> bool:
+    """Whether a request whose fate is unknown does more good than harm when it comes twice.
+
+    An old session may have taken the chunk. A new one has taken nothing, but a request that was
+    lost twice may be what brings the server down.
+    """
+    if pending.request.chunk is None:
+        return True
+    return anew and pending.heard_at is None and not pending.resent
+
+
+def _loss(seconds: float, anew: bool, gone: list[Pending]) -> str:
+    found = (
+        "the server had lost the session, so a new one goes on from the words of the old, without "
+        "what it saw"
+        if anew
+        else "the session goes on"
+    )
+    missing = f"; {len(gone)} chunks have no full reply" if gone else ""
+    return f"The connection was lost and is back after {seconds:.1f} s: {found}{missing}."
