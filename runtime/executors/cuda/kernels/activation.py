@@ -1,0 +1,43 @@
+"""The gate of the MLP, and the codes of what its last layer reads."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from framesink.runtime.executors.cuda.kernels.formats import OutputFormat, encode
+
+_BLOCK = 1024
+
+
+def silu_and_multiply(gate_up: Tensor, out: Tensor, output_format: OutputFormat) -> None:
+    """SwiGLU (arXiv 2002.05202): `silu(gate) · up` of `gate_up` `[M, 2·I]`, gate first, into `out`
+    `[M, I]`. Products are rounded to the type of `gate_up`, as the model's graph does."""
+    tokens, size = out.shape
+    smoothing = output_format.smoothing
+    _silu_and_multiply[(tokens, triton.cdiv(size, _BLOCK))](
+        gate_up,
+        gate_up if smoothing is None else smoothing,
+        out,
+        size,
+        output_format.scale,
+        BLOCK=_BLOCK,
+        SMOOTH=smoothing is not None,
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _silu_and_multiply(
+    gate_up, smoothing, out, size, out_scale, BLOCK: tl.constexpr, SMOOTH: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    exists = column < size
+    stored = tl.load(gate_up + row * 2 * size + column, mask=exists, other=0.0)
+    gate = stored.to(tl.float32)
+    up = tl.load(gate_up + row * 2 * size + size + column, mask=exists, other=0.0).to(tl.float32)
+    gate = (gate / (1.0 + tl.exp(-gate))).to(stored.dtype).to(tl.float32)
+    value = (gate * up).to(stored.dtype).to(tl.float32)
+    if SMOOTH:
+        value *= tl.load(smoothing + column, mask=exists, other=0.0)
+    tl.store(out + row * size + column, encode(value, out_scale, out.dtype.element_ty), mask=exists)

@@ -1,0 +1,159 @@
+"""Linear layers over one-byte weights: FP8 and INT8 W8A8, for few rows and for many."""
+
+from dataclasses import dataclass, field
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional
+
+from framesink.runtime.executors.cuda.kernels.linear_tiling import Tiling, choose_tiling
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weights:
+    """A linear layer on the GPU.
+
+    `weight` `[N, K]`: 16-bit, or codes (float8_e4m3fn, int8). `scale` float32 `[N]`, for codes
+    alone: what one unit of a product of codes is worth, the input's scale · the channel's. `bias`
+    `[N]` of the type of the output, or None. A layer is used on one CUDA stream at a time.
+    """
+
+    weight: Tensor
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+    # How many parts of a sum are done, per tile of the output; every launch leaves zeros.
+    arrivals: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        tiles = triton.cdiv(len(self.weight), 64) * 4
+        arrivals = torch.zeros(tiles, dtype=torch.int32, device=self.weight.device)
+        object.__setattr__(self, "arrivals", arrivals)
+
+
+def linear(inputs: Tensor, weights: Weights, out: Tensor) -> None:
+    """`out` `[M, N]` = `inputs` `[M, K]` · weightᵀ · scale + bias.
+
+    `inputs` are of the type of the weight: codes for codes. Sums are float32, or int32 of INT8
+    codes; each is taken in an order that depends on M, N and K alone.
+    """
+    if weights.scale is None:
+        functional.linear(inputs, weights.weight, weights.bias, out=out)
+        return
+    rows, depth = inputs.shape
+    tiling = choose_tiling(rows, len(weights.weight), depth, weights.weight.device)
+    launch(inputs, weights, out, tiling)
+
+
+def launch(inputs: Tensor, weights: Weights, out: Tensor, tiling: Tiling) -> None:
+    """As `linear` of codes, in a given tiling."""
+    rows, depth = inputs.shape
+    channels = len(weights.weight)
+    column_tiles = triton.cdiv(channels, tiling.channels)
+    row_tiles = triton.cdiv(rows, tiling.rows)
+    sum_type = torch.int32 if weights.weight.dtype is torch.int8 else torch.float32
+    parts = out
+    if tiling.splits > 1:
+        parts = torch.empty((tiling.splits, rows, channels), dtype=sum_type, device=out.device)
+    _linear[(column_tiles * row_tiles, tiling.splits)](
+        inputs,
+        weights.weight,
+        weights.scale,
+        weights.scale if weights.bias is None else weights.bias,
+        out,
+        parts,
+        weights.arrivals,
+        rows,
+        channels,
+        depth,
+        triton.cdiv(triton.cdiv(depth, tiling.depth), tiling.splits) * tiling.depth,
+        ROWS=tiling.rows,
+        CHANNELS=tiling.channels,
+        DEPTH=tiling.depth,
+        WHOLE_DEPTH=depth % tiling.depth == 0,
+        SPLITS=tiling.splits,
+        ROW_TILES_TOGETHER=8,
+        HAS_BIAS=weights.bias is not None,
+        SUM_TYPE=tl.int32 if sum_type is torch.int32 else tl.float32,
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+    )
+
+
+@triton.jit
+def _linear(
+    inputs,
+    weight,
+    scale,
+    bias,
+    out,
+    parts,
+    arrivals,
+    rows,
+    channels,
+    depth,
+    share,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WHOLE_DEPTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ROW_TILES_TOGETHER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SUM_TYPE: tl.constexpr,
+):
+    # The weight is the left operand, so that its channels fill the 64 rows of a matrix instruction
+    # however few the tokens are; the product is transposed on the way out.
+    row_tiles = tl.cdiv(rows, ROWS)
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    # Programs that run at the same time share tiles of the inputs and of the weight in the cache.
+    band = tile // (ROW_TILES_TOGETHER * tl.cdiv(channels, CHANNELS))
+    band_start = band * ROW_TILES_TOGETHER
+    band_size = tl.minimum(row_tiles - band_start, ROW_TILES_TOGETHER)
+    within = tile - band_start * tl.cdiv(channels, CHANNELS)
+    row = (band_start + within % band_size) * ROWS + tl.arange(0, ROWS)
+    channel = (within // band_size) * CHANNELS + tl.arange(0, CHANNELS)
+    has_row = row < rows
+    has_channel = channel < channels
+    step = tl.arange(0, DEPTH)
+    start = split * share
+    weight_row = weight + tl.where(has_channel, channel, 0).to(tl.int64)[:, None] * depth
+    input_row = inputs + tl.where(has_row, row, 0).to(tl.int64)[None, :] * depth
+    sums = tl.zeros((CHANNELS, ROWS), SUM_TYPE)
+    for at in range(start, tl.minimum(start + share, depth), DEPTH):
+        place = at + step
+        if WHOLE_DEPTH:
+            codes = tl.load(weight_row + place[None, :])
+            activations = tl.load(input_row + place[:, None])
+        else:
+            codes = tl.load(weight_row + place[None, :], mask=place[None, :] < depth, other=0.0)
+            activations = tl.load(
+                input_row + place[:, None], mask=place[:, None] < depth, other=0.0
+            )
+        sums = tl.dot(codes, activations, sums, out_dtype=SUM_TYPE)
+
+    exists = has_channel[:, None] & has_row[None, :]
+    place = row.to(tl.int64)[None, :] * channels + channel[:, None]
+    last = True
+    if SPLITS > 1:
+        # Every program leaves its part; the last to arrive adds them up, in order.
+        size = rows.to(tl.int64) * channels
+        tl.store(parts + split * size + place, sums, mask=exists)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrivals + tile, 1, sem="acq_rel")
+        last = arrived == SPLITS - 1
+        if last:
+            tl.store(arrivals + tile, 0)
+            sums = tl.zeros((CHANNELS, ROWS), SUM_TYPE)
+            for part in range(SPLITS):
+                sums += tl.load(
+                    parts + part * size + place, mask=exists, other=0, cache_modifier=".cg"
+                )
+    if last:
+        value = sums.to(tl.float32)
+        value *= tl.load(scale + channel, mask=has_channel, other=0.0)[:, None]
+        if HAS_BIAS:
+            value += tl.load(bias + channel, mask=has_channel, other=0.0).to(tl.float32)[:, None]
+        tl.store(out + place, value, mask=exists)

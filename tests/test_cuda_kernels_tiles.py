@@ -1,0 +1,94 @@
+"""Tiles against the rows they were made of."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from framesink.runtime.executors.base import ContextView
+from framesink.runtime.executors.cuda.kernels.tiles import TILE_ROWS, TileTable
+
+PAGE = 8
+
+
+def rows_of(table: TileTable) -> list[tuple[int, int]]:
+    """Slot and base of every row that counts, sorted."""
+    rows = []
+    for base, pages, masks in zip(
+        table.bases[: table.count].tolist(),
+        table.pages.tolist(),
+        table.masks.view(np.uint32).tolist(),
+        strict=False,
+    ):
+        for page, mask in zip(pages, masks, strict=True):
+            size = TILE_ROWS // len(pages)
+            rows += [(page * size + row, base) for row in range(size) if mask >> row & 1]
+    return sorted(rows)
+
+
+def view_of(rows: dict[int, int], page_size: int) -> ContextView:
+    """A context of rows, base by slot."""
+    pages = sorted({slot // page_size for slot in rows}, key=lambda page: -page) or [0]
+    bases = np.zeros(len(pages) * page_size, np.int32)
+    valid = np.zeros(len(bases), np.bool_)
+    for slot, base in rows.items():
+        index = pages.index(slot // page_size) * page_size + slot % page_size
+        bases[index], valid[index] = base, True
+    positions = np.zeros((3, len(bases)), np.int32)
+    return ContextView(np.array(pages, np.int32), positions, valid, bases)
+
+
+CONTEXTS = st.dictionaries(st.integers(PAGE, 40 * PAGE - 1), st.integers(-3, 3), max_size=200)
+
+
+@given(CONTEXTS)
+def test_tiles_hold_every_row_once_under_its_base(rows: dict[int, int]) -> None:
+    table = TileTable(PAGE)
+    table.rebuild(view_of(rows, PAGE))
+    assert rows_of(table) == sorted(rows.items())
+
+
+@given(CONTEXTS, CONTEXTS)
+def test_appended_rows_join_those_of_a_rebuild(
+    older: dict[int, int], newer: dict[int, int]
+) -> None:
+    newer = {slot: base for slot, base in newer.items() if slot not in older}
+    table = TileTable(PAGE)
+    table.rebuild(view_of(older, PAGE))
+    slots, bases = np.array(list(newer), np.int32), np.array(list(newer.values()), np.int32)
+    table.append(slots, bases)
+    assert rows_of(table) == sorted((older | newer).items())
+    table.forget(slots, bases)
+    assert rows_of(table) == sorted(older.items())
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 32])
+def test_rows_of_one_base_fill_whole_tiles(page_size: int) -> None:
+    """As many tiles as a dense context needs, whichever way its rows came."""
+    slots = np.arange(page_size, page_size + 5 * TILE_ROWS, dtype=np.int32)
+    bases = np.full(slots.size, 7, np.int32)
+    appended, rebuilt = TileTable(page_size), TileTable(page_size)
+    for slot, base in zip(slots, bases, strict=True):
+        appended.append(slot[None], base[None])
+    rebuilt.rebuild(view_of(dict(zip(slots.tolist(), bases.tolist(), strict=True)), page_size))
+    assert appended.count == rebuilt.count == 5
+    assert rows_of(appended) == rows_of(rebuilt)
+    # Row 31 of a page of 32 is the sign bit.
+    assert len(rows_of(appended)) == slots.size
+
+
+def test_a_rebuilt_table_forgets_what_it_held() -> None:
+    table = TileTable(PAGE)
+    table.rebuild(view_of({slot: slot % 3 for slot in range(PAGE, 300)}, PAGE))
+    table.rebuild(view_of({PAGE: 5}, PAGE))
+    assert rows_of(table) == [(PAGE, 5)]
+    table.append(np.array([PAGE + 1], np.int32), np.array([5], np.int32))
+    assert table.count == 1
+
+
+def test_what_cannot_be_tiled_is_refused() -> None:
+    with pytest.raises(ValueError, match="not of 12"):
+        TileTable(12)
+    view = view_of({PAGE: 1}, PAGE)
+    with pytest.raises(ValueError, match="without bases"):
+        TileTable(PAGE).rebuild(ContextView(view.block_table, view.positions, view.valid))
