@@ -26,9 +26,14 @@ from framesink.serving.contract import LANGUAGE_MODEL
 _PLAIN, _TLS = "grpc://", "grpcs://"
 # Only this header makes Triton end a stream with the status of an error.
 _STATUS_OF_ERRORS = (("triton_grpc_error", "true"),)
-_OPTIONS = (("grpc.max_send_message_length", -1),)
-# Whoever waits for a name or a port learns within this time that it is not there.
-_SOON = (("grpc.max_reconnect_backoff_ms", 1000), ("grpc.enable_retries", 0))
+_OPTIONS = (
+    ("grpc.max_send_message_length", -1),
+    # A server that is back is found soon; whether to try again is the session's decision.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+    ("grpc.enable_retries", 0),
+)
 _NOT_NOW = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "INTERNAL", "UNKNOWN", "CANCELLED")
 
 
@@ -68,12 +73,11 @@ class Connection:
         if not host or not port.isdecimal():
             raise OptionError(f"{url!r} is not grpc://HOST:PORT, such as grpc://localhost:8001.")
         self.timeout = timeout
-        options = _OPTIONS + _SOON
         if tls is not None or url.startswith(_TLS):
             credentials = (tls or Tls()).credentials()
-            self._channel = grpc.secure_channel(self.target, credentials, options)
+            self._channel = grpc.secure_channel(self.target, credentials, _OPTIONS)
         else:
-            self._channel = grpc.insecure_channel(self.target, options)
+            self._channel = grpc.insecure_channel(self.target, _OPTIONS)
         self._stub = GRPCInferenceServiceStub(self._channel)
 
     def ready(self) -> bool:

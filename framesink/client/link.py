@@ -15,6 +15,7 @@ from framesink.client.connection import Connection
 from framesink.client.errors import (
     ClientError,
     RefusedError,
+    ResponseError,
     ServerGoneError,
     ServerUnavailableError,
     SessionLostError,
@@ -113,7 +114,13 @@ class SessionLink:
             self._send(Pending(self._request(end=True), time.monotonic()))
 
     def cancel(self) -> None:
-        """Give up what is under way; no event of it comes any more."""
+        """Give up what is under way; no event of it comes any more. After `finish` that is all."""
+        if self._finishing:
+            self.close()
+        else:
+            self._drop()
+
+    def _drop(self) -> None:
         with self._lock:
             stream, self._stream = self._stream, None
             given_up = self._take_pending()
@@ -132,7 +139,7 @@ class SessionLink:
         if not over:
             self._end_on_server()
         self.flow.end()
-        self.cancel()
+        self._drop()
 
     def resume(self) -> None:
         """Go on after a failure or an error event: in the same session if the server still has it,
@@ -189,7 +196,7 @@ class SessionLink:
             self.flow.pause()
         now = time.monotonic()
         try:
-            if self.settings.reconnect_seconds <= 0:
+            if self.settings.reconnect_seconds <= 0 or isinstance(cause, ResponseError):
                 raise cause
             self._reattach(now, now + self.settings.reconnect_seconds, lost)
         except FramesinkError as failure:
@@ -200,6 +207,8 @@ class SessionLink:
 
     def _refused(self, stream: RequestStream, pending: Pending, sentence: str) -> None:
         """One request was refused, or the session is lost: the server is asked which."""
+        if self._closing.is_set():
+            return
         try:
             self._connection.require_session(self.settings.model, self.sequence_id)
         except ClientError as error:
@@ -261,18 +270,17 @@ class SessionLink:
     def _reattach(self, since: float, deadline: float, lost: list[Pending]) -> None:
         """Find the session again, or open another that goes on from the transcript."""
         wait = _FIRST_WAIT_SECONDS
-        while True:
+        while not self._closing.is_set():
             try:
                 anew = self._find_session()
                 break
             except ServerUnavailableError:
                 if time.monotonic() + wait >= deadline:
                     raise
-                if self._closing.wait(wait):
-                    raise SessionClosedError("The session was closed.") from None
+                self._closing.wait(wait)
                 wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
         if self._closing.is_set():
-            self._end_on_server()
+            self._end_on_server()  # perhaps another one than `close` has ended
             raise SessionClosedError("The session was closed.")
         with self._lock:
             again = [pending for pending in lost if _may_be_sent_again(pending, anew)]

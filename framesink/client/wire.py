@@ -20,6 +20,8 @@ from framesink.serving import contract
 
 ParameterValue = str | int | float | bool
 
+# What Triton puts before the sentence of a composing model.
+_ENSEMBLE_PREFIX = f"in ensemble '{contract.STREAMING_VLM}', "
 _PYTHON_TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool}
 _FIELDS = {
     "string": "string_param",
@@ -105,7 +107,8 @@ def decode(message: ModelStreamInferResponse) -> Response:
     """The response in a message. Raises ResponseError if the contract does not allow it."""
     response = message.infer_response
     if message.error_message:
-        return Response(response.id, None, True, message.error_message)
+        sentence = message.error_message.removeprefix(_ENSEMBLE_PREFIX)
+        return Response(response.id, None, True, sentence)
     final = response.parameters["triton_final_response"].bool_param
     return Response(response.id, _event(response) if response.outputs else None, final)
 
