@@ -19,6 +19,7 @@ from reference.paged_contexts import (
 from reference.triton_device import DEVICE, HAS_GPU
 from torch import Tensor
 
+from framesink.runtime.arrays import AnyArray
 from framesink.runtime.executors.cuda.kernels.append_rows import append_rows
 from framesink.runtime.executors.cuda.kernels.formats import OutputFormat
 from framesink.runtime.executors.cuda.kernels.paged_decode import paged_decode
@@ -93,7 +94,7 @@ def device_tiles(contexts: list[Rows], sizes: Sizes, generator: np.random.Genera
     tables.append(TileTable(sizes.page_size))
     longest = max(table.count for table in tables) + 1
 
-    def stack(arrays: list[np.ndarray]) -> Tensor:
+    def stack(arrays: list[AnyArray]) -> Tensor:
         padded = [np.resize(a, (longest, *a.shape[1:])) for a in arrays]
         return torch.from_numpy(np.stack(padded)).to(DEVICE)
 
@@ -106,7 +107,7 @@ def device_tiles(contexts: list[Rows], sizes: Sizes, generator: np.random.Genera
     )
 
 
-def to_device(array: np.ndarray) -> Tensor:
+def to_device(array: AnyArray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).to(DEVICE)
 
 

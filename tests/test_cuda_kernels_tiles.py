@@ -26,6 +26,18 @@ def rows_of(table: TileTable) -> list[tuple[int, int]]:
     return sorted(rows)
 
 
+def tiles_of(table: TileTable, rows: dict[int, int]) -> set[int]:
+    """The tiles that hold rows, base by slot."""
+    return {
+        tile
+        for slot, base in rows.items()
+        for tile in range(table.count)
+        if table.bases[tile] == base
+        and table.masks[tile][table.pages[tile] == slot // PAGE].astype(int).sum() >> slot % PAGE
+        & 1
+    }
+
+
 def view_of(rows: dict[int, int], page_size: int) -> ContextView:
     """A context of rows, base by slot."""
     pages = sorted({slot // page_size for slot in rows}, key=lambda page: -page) or [0]
@@ -56,9 +68,11 @@ def test_appended_rows_join_those_of_a_rebuild(
     table = TileTable(PAGE)
     table.rebuild(view_of(older, PAGE))
     slots, bases = np.array(list(newer), np.int32), np.array(list(newer.values()), np.int32)
-    table.append(slots, bases)
+    changed = table.append(slots, bases)
     assert rows_of(table) == sorted((older | newer).items())
-    table.forget(slots, bases)
+    assert len(changed) == len(set(changed))
+    assert tiles_of(table, newer) == set(changed)
+    assert set(table.forget(slots, bases)) == set(changed)
     assert rows_of(table) == sorted(older.items())
 
 

@@ -82,7 +82,7 @@ def decode_splits(rows: int, tiles: int, device: torch.device) -> int:
     """How many parts to split contexts of `tiles` tiles into, for `rows` sequences · K/V heads."""
     if device.type != "cuda":
         return min(tiles, 2)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    processors: int = torch.cuda.get_device_properties(device).multi_processor_count
     wanted = -(-_PROGRAMS * processors // rows)
     return max(1, min(wanted, tiles, _MAX_SPLITS))
 

@@ -40,7 +40,8 @@ def paged_prefill(
     `qkv` `[M, (H + 2·Hkv)·D]` and `new_keys` `[M, Hkv, D]` as `append_rows` took and left them;
     `positions` int32 `[3, M]`; `starts` int32 `[B+1]`: where each sequence begins, and the end;
     `longest`: no sequence has more new tokens. `tiles` are those of the contexts, without the new
-    tokens, which attend to all of their tiles, and to each other in order. `out` `[M, H·D]`.
+    tokens, which attend to all of their tiles, and to each other in order. `out` `[M, H·D]`: rows
+    beyond the last sequence's end are undefined.
     Contexts are split into `splits` parts, by default so many that they fill the GPU.
     """
     batch = len(starts) - 1
@@ -87,7 +88,7 @@ def paged_prefill(
 def _prefill_splits(programs: int, tiles: int, device: torch.device) -> int:
     if device.type != "cuda":
         return 2
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    processors: int = torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, min(-(-_PROGRAMS * processors // programs), tiles, _MAX_SPLITS))
 
 

@@ -70,8 +70,9 @@ class TileTable:
         np.bitwise_or.at(merged, inverse, masks)
         self._fill((keys >> 32).astype(np.int32), (keys & 0xFFFFFFFF).astype(np.int32), merged)
 
-    def append(self, slots: Int32Array, bases: Int32Array) -> None:
-        """Add rows: `slots` int32 `[n]`, `bases` int32 `[n]`."""
+    def append(self, slots: Int32Array, bases: Int32Array) -> list[int]:
+        """Add rows: `slots` int32 `[n]`, `bases` int32 `[n]`. Returns the tiles that changed."""
+        changed = []
         for page, base, mask in self._listed_runs(slots, bases):
             place = self._places.get((base, page))
             if place is None:
@@ -79,12 +80,18 @@ class TileTable:
                 self._places[base, page] = place
                 self.pages.flat[place] = page
             self.masks.flat[place] |= mask
+            changed.append(place // self._entries)
+        return list(dict.fromkeys(changed))
 
-    def forget(self, slots: Int32Array, bases: Int32Array) -> None:
-        """Take rows out again; raises KeyError for a row that is not there. Their entries stay,
-        with nothing to read, until the next `rebuild`."""
+    def forget(self, slots: Int32Array, bases: Int32Array) -> list[int]:
+        """Take rows out again, and return the tiles that changed. Entries stay until the next
+        `rebuild`, if with nothing to read. Raises KeyError for a row that is not there."""
+        changed = []
         for page, base, mask in self._listed_runs(slots, bases):
-            self.masks.flat[self._places[base, page]] &= ~np.int32(mask)
+            place = self._places[base, page]
+            self.masks.flat[place] &= ~np.int32(mask)
+            changed.append(place // self._entries)
+        return list(dict.fromkeys(changed))
 
     def _runs(self, slots: AnyArray, bases: AnyArray) -> tuple[AnyArray, AnyArray, AnyArray]:
         """Page, base and mask of every run of rows that share page and base."""
