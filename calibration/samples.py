@@ -16,7 +16,7 @@ _SEED = 20250612
 def sample_chunks(
     videos: Sequence[Path], preprocess: PreprocessConfig, *, chunk_seconds: float, count: int
 ) -> list[UInt8Array]:
-    """Frames uint8 `[T, H, W, 3]` of `count` chunks, from each video in turn.
+    """Frames uint8 `[T, H, W, 3]` of at most `count` chunks, from each video in turn.
 
     Without videos the chunks are generated. Raises VideoError for a video that cannot be read.
     """
@@ -26,7 +26,9 @@ def sample_chunks(
     share = -(-count // len(videos))
     chunks: list[UInt8Array] = []
     for video in videos:
-        chunks += _read_chunks(video, preprocess.fps, chunk_seconds, share)
+        wanted = min(share, count - len(chunks))
+        if wanted > 0:
+            chunks += _read_chunks(video, preprocess.fps, chunk_seconds, wanted)
     return chunks
 
 
