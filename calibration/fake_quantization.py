@@ -16,6 +16,7 @@ from framesink.calibration.fake_cache import FakeCache
 from framesink.calibration.fake_rounding import fake_quantize, scales
 from framesink.calibration.formats import FP8, INT4, INT8
 from framesink.calibration.taps import PlainNumerics, Rotary
+from framesink.calibration.torch_weights import KEPT_BYTES
 from framesink.runtime.arrays import Float32Array
 from framesink.runtime.models.quantization import INT4_GROUP, LinearScheme
 
@@ -73,7 +74,8 @@ class FakeLinear:
 class FakeQuantization(PlainNumerics):
     """`Numerics` of a quantized model over its 16-bit checkpoint.
 
-    Each weight is quantized when it is first used and kept.
+    Each weight is quantized when it is first used, and kept as `TorchWeights` keeps weights: in
+    the processor's memory only as many as a small model has.
     """
 
     def __init__(self, linears: Mapping[str, FakeLinear], cache: FakeCache | None = None) -> None:
@@ -81,15 +83,14 @@ class FakeQuantization(PlainNumerics):
         self._linears = linears
         self._cache = cache
         self._weights: dict[str, Tensor] = {}
+        self._kept_bytes = 0
 
     def linear(self, name: str, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See `Numerics`."""
         fake = self._linears.get(name)
         if fake is None or fake.scheme is LinearScheme.UNQUANTIZED:
             return functional.linear(inputs, weight, bias)
-        if name not in self._weights:
-            self._weights[name] = fake.weight(weight).to(weight.dtype)
-        return functional.linear(fake.inputs(inputs), self._weights[name], bias)
+        return functional.linear(fake.inputs(inputs), self._weight(name, fake, weight), bias)
 
     def stored_keys(self, layer: int, keys: Tensor, bias: Tensor, rotary: Rotary) -> Tensor:
         """See `Numerics`."""
@@ -98,3 +99,12 @@ class FakeQuantization(PlainNumerics):
     def stored_values(self, layer: int, values: Tensor) -> Tensor:
         """See `Numerics`."""
         return values if self._cache is None else self._cache.values(layer, values)
+
+    def _weight(self, name: str, fake: FakeLinear, weight: Tensor) -> Tensor:
+        if name in self._weights:
+            return self._weights[name]
+        quantized = fake.weight(weight).to(weight.dtype)
+        if quantized.device.type != "cpu" or self._kept_bytes + quantized.nbytes <= KEPT_BYTES:
+            self._weights[name] = quantized
+            self._kept_bytes += quantized.nbytes
+        return quantized

@@ -7,14 +7,12 @@ the 16-bit model's over streamed chunks, with that group quantized and nothing e
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from framesink.calibration.agreement import Agreement, replay_turn
 from framesink.calibration.fake_quantization import FakeLinear, FakeQuantization
 from framesink.calibration.recipe import Recipe
 from framesink.calibration.recorded_turns import RecordedTurn, StreamSettings, record_turns
 from framesink.calibration.smoothquant import input_groups
-from framesink.calibration.taps import Numerics, PlainNumerics, Rotary
+from framesink.calibration.taps import SwitchedNumerics
 from framesink.calibration.torch_executor import DEFAULT_PAGE_SIZE, TorchExecutor
 from framesink.runtime.errors import OptionError
 from framesink.runtime.models.checkpoint import Checkpoint
@@ -100,7 +98,7 @@ def measure_sensitivity(
     The 16-bit model streams `chunks` once and decides the tokens. While only language layers are
     quantized its vision embeddings are used again. Raises VerificationError if nothing was said.
     """
-    numerics = _Switch()
+    numerics = SwitchedNumerics()
     groups = [
         tuple(name for name in group.linears if name in linears)
         for group in input_groups(checkpoint.config)
@@ -149,19 +147,3 @@ def _extra_bytes(checkpoint: Checkpoint, linear: str, scheme: LinearScheme) -> i
     """What a weight takes in 16-bit more than in a scheme, scales left out."""
     rows, columns = quantizable_linears(checkpoint.config)[linear]
     return rows * columns * (_BITS[LinearScheme.UNQUANTIZED] - _BITS[scheme]) // 8
-
-
-class _Switch(PlainNumerics):
-    """Calculates as `active` does, so that one executor can simulate one thing after another."""
-
-    def __init__(self) -> None:
-        self.active: Numerics = PlainNumerics()
-
-    def linear(self, name: str, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self.active.linear(name, inputs, weight, bias)
-
-    def stored_keys(self, layer: int, keys: Tensor, bias: Tensor, rotary: Rotary) -> Tensor:
-        return self.active.stored_keys(layer, keys, bias, rotary)
-
-    def stored_values(self, layer: int, values: Tensor) -> Tensor:
-        return self.active.stored_values(layer, values)

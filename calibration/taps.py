@@ -77,3 +77,23 @@ class PlainNumerics:
     def stored_values(self, layer: int, values: Tensor) -> Tensor:  # noqa: ARG002
         """The values themselves."""
         return values
+
+
+class SwitchedNumerics:
+    """Calculates as `active` does, so that one executor can simulate one thing after another. See
+    `Numerics`."""
+
+    def __init__(self) -> None:
+        self.active: Numerics = PlainNumerics()
+
+    def linear(self, name: str, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """See `Numerics`."""
+        return self.active.linear(name, inputs, weight, bias)
+
+    def stored_keys(self, layer: int, keys: Tensor, bias: Tensor, rotary: Rotary) -> Tensor:
+        """See `Numerics`."""
+        return self.active.stored_keys(layer, keys, bias, rotary)
+
+    def stored_values(self, layer: int, values: Tensor) -> Tensor:
+        """See `Numerics`."""
+        return self.active.stored_values(layer, values)
