@@ -50,9 +50,9 @@ class Prefix:
             bases=rows.bases,
         )
 
-    def step_done(self, logits: Float32Array | None) -> None:
+    def step_done(self, answer: Float32Array | int | None) -> None:
         """The tokens are written; no logits were asked for."""
-        assert logits is None
+        assert answer is None
         self.cache.commit()
 
 

@@ -52,6 +52,7 @@ class Sampler:
     def __init__(self, params: SamplingParams, suppressed: Collection[int] = ()) -> None:
         """`suppressed` are token ids that are never chosen."""
         self.params = params
+        self.suppressed = frozenset(suppressed)
         self._suppressed = np.asarray(sorted(suppressed), dtype=np.int64)
         self._random = np.random.default_rng(params.seed)
 
@@ -59,6 +60,11 @@ class Sampler:
     def needs_seen(self) -> bool:
         """Whether `sample` reads which tokens the context holds."""
         return self.params.repetition_penalty != 1.0
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether `sample` always takes the likeliest token that is not suppressed."""
+        return self.params.temperature == 0.0 and not self.needs_seen
 
     def sample(self, logits: Float32Array, seen: BoolArray | None = None) -> int:
         """The next token of logits float32 `[vocab]`.

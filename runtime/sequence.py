@@ -173,10 +173,12 @@ class Sequence:
             context=rows.context,
             needs_logits=last and turn is not None and not turn.ending,
             bases=rows.bases,
+            suppressed=self._sampler.suppressed if self._sampler.takes_likeliest else None,
         )
 
-    def step_done(self, logits: Float32Array | None) -> None:
-        """The tokens are written; `logits` float32 `[vocab]` choose the reply's next one."""
+    def step_done(self, answer: Float32Array | int | None) -> None:
+        """The tokens are written; `answer` is the reply's next one, or the logits float32 `[vocab]`
+        that choose it."""
         self.cache.commit()
         if self._restoring:
             self._end_restoring_if_written()
@@ -184,10 +186,10 @@ class Sequence:
         turn = self._current
         if turn.ending:
             self._end_turn_if_written()
-        if logits is None:
+        if answer is None:
             return
         self._decoding = True
-        token = self._sampler.sample(logits, self._seen_tokens(logits.size))
+        token = answer if isinstance(answer, int) else self._sample(answer)
         now = time.monotonic()
         turn.sampled.append(token)
         turn.token_times.append(now)
@@ -320,6 +322,9 @@ class Sequence:
             merge_size=vision.spatial_merge_size,
             time_step=seconds_per_step * vision.tokens_per_second,
         )
+
+    def _sample(self, logits: Float32Array) -> int:
+        return self._sampler.sample(logits, self._seen_tokens(logits.size))
 
     def _seen_tokens(self, vocabulary: int) -> BoolArray | None:
         """Which tokens the context holds, if the sampler asks for it."""

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from framesink.runtime.arrays import Float32Array, Int32Array
 from framesink.runtime.errors import FramesinkError, SessionClosedError
-from framesink.runtime.executors.base import Executor, SequenceInput
+from framesink.runtime.executors.base import ChoosingExecutor, Executor, SequenceInput
 from framesink.runtime.observer import EngineObserver, StepReport
 from framesink.runtime.prefix import Prefix, PrefixCache
 from framesink.runtime.scheduler import Encoding, Scheduler, Share, Work
@@ -28,7 +28,7 @@ class Stepped(Protocol):
         """The next `count` tokens to write."""
         ...
 
-    def step_done(self, logits: Float32Array | None) -> None:
+    def step_done(self, answer: Float32Array | int | None) -> None:
         """They are written."""
         ...
 
@@ -190,19 +190,25 @@ class StepLoop:
         batch = self._prepare(shares, members)
         started = time.monotonic()
         try:
-            logits = self._executor.step([given for _, given in batch])
+            answers = self._run([given for _, given in batch])
         except Exception as error:
             sentence = _sentence(f"A step of {self._executor.name} failed", error)
             for member, _ in batch:
                 self._fail(member, sentence)
             return True
         self._count_step(batch, time.monotonic() - started)
-        for (member, _), answer in zip(batch, logits, strict=True):
+        for (member, _), answer in zip(batch, answers, strict=True):
             try:
                 member.step_done(answer)
             except Exception as error:
                 self._fail(member, _sentence("A step could not be used", error))
         return True
+
+    def _run(self, batch: list[SequenceInput]) -> list[Float32Array | int | None]:
+        """Every sequence's next token, or the logits it chooses from itself."""
+        if isinstance(self._executor, ChoosingExecutor):
+            return self._executor.step_and_choose(batch)
+        return [*self._executor.step(batch)]
 
     def _prepare(
         self, shares: list[Share], members: dict[int, Sequence | Prefix]

@@ -3,9 +3,9 @@
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.errors import FramesinkError
 from framesink.runtime.executors.base import Executor, VisionEncoder
-from framesink.runtime.gpu import current_sm
+from framesink.runtime.executors.cuda.support import why_not_cuda
 
-AVAILABLE = ("onnxruntime",)
+AVAILABLE = ("onnxruntime", "cuda")
 KNOWN = ("onnxruntime", "tensorrt", "cuda", "tensorrt_llm")
 
 
@@ -14,16 +14,28 @@ def create_executor(
 ) -> tuple[Executor, str]:
     """Load a bundle into an executor; also returns one sentence: which it is, and why.
 
-    `num_pages` counts pages of the bundle's page size, the null page included. `threads` is for the
-    CPU (None: one per physical core). Raises FramesinkError for a name that is unknown or not
-    available, and what the executor's own loading raises.
+    "auto" is `cuda` wherever it can run. `num_pages` counts pages of the bundle's page size, the
+    null page included. `threads` is for the CPU (None: one per physical core). Raises
+    FramesinkError for a name that is unknown or not available here, and what the executor's own
+    loading raises.
     """
     _require_available(name)
+    obstacle = None if name == "onnxruntime" else why_not_cuda(bundle.manifest)
+    if name == "cuda" and obstacle is not None:
+        raise FramesinkError(
+            f"The cuda executor cannot run here: {obstacle}. The onnxruntime executor can."
+        )
     # Imported here: a host that runs another executor may lack this one's packages.
+    if name != "onnxruntime" and obstacle is None:
+        from framesink.runtime.executors.cuda.executor import CudaExecutor
+
+        why = "this machine has a GPU for it" if name == "auto" else "asked for by name"
+        return CudaExecutor.from_bundle(bundle, num_pages=num_pages), f"cuda on the GPU: {why}."
     from framesink.runtime.executors.onnxruntime import OnnxRuntimeExecutor
 
     executor = OnnxRuntimeExecutor.from_bundle(bundle, num_pages=num_pages, threads=threads)
-    return executor, f"onnxruntime on the CPU: {_why(name)}."
+    why = "asked for by name" if obstacle is None else f"the cuda executor cannot run: {obstacle}"
+    return executor, f"onnxruntime on the CPU: {why}."
 
 
 def create_vision_encoder(
@@ -31,7 +43,7 @@ def create_vision_encoder(
 ) -> VisionEncoder:
     """Load a bundle's vision encoder alone, for a process that runs no language model.
 
-    Arguments and errors are those of `create_executor`.
+    Arguments and errors are those of `create_executor`; it runs on the CPU.
     """
     _require_available(name)
     from framesink.runtime.executors.onnx_vision import OnnxVisionEncoder
@@ -45,12 +57,3 @@ def _require_available(name: str) -> None:
         raise FramesinkError(
             f"The executor {name[:64]!r} {state}; available are auto, {', '.join(AVAILABLE)}."
         )
-
-
-def _why(name: str) -> str:
-    if name != "auto":
-        return "asked for by name"
-    sm = current_sm()
-    if sm is None:
-        return "this machine has no usable NVIDIA GPU"
-    return f"the GPU here ({sm}) is unused, as this version has no executor for GPUs"

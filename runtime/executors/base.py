@@ -6,7 +6,7 @@ weights and the K/V pages. One dataclass per direction.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from framesink.runtime.arrays import BoolArray, Float32Array, Int32Array
 from framesink.runtime.preprocess import Grid
@@ -22,12 +22,16 @@ class ContextView:
     `[P * page_size]`: whether a slot holds a row of this sequence. `bases` int32
     `[P * page_size]`: base of the span a row belongs to. A row's place, `positions - bases`, never
     changes, so an executor may store keys rotated by it and rotate queries by the base instead.
+    `edition` names the context and counts its changes other than added rows: of two views of one
+    edition the later has the earlier's rows where they were, so an executor may keep what it made
+    of them.
     """
 
     block_table: Int32Array
     positions: Int32Array
     valid: BoolArray
     bases: Int32Array | None = None
+    edition: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +43,8 @@ class SequenceInput:
     `positions` int32 `[3, s]`. `slots` int32 `[s]`: where each new K/V row goes, as
     `page * page_size + row`. `context` does not include the new tokens.
     `needs_logits` is False for a prefill part that is not the last of its prompt. `bases` int32
-    `[s]`: base of each new token's span (see ContextView).
+    `[s]`: base of each new token's span (see ContextView). `suppressed` is given where the
+    likeliest token but these is wanted (see ChoosingExecutor).
     """
 
     token_ids: Int32Array
@@ -49,6 +54,7 @@ class SequenceInput:
     context: ContextView
     needs_logits: bool
     bases: Int32Array | None = None
+    suppressed: frozenset[int] | None = None
 
 
 class VisionEncoder(Protocol):
@@ -80,4 +86,14 @@ class Executor(VisionEncoder, Protocol):
 
     def close(self) -> None:
         """Free weights and pages."""
+        ...
+
+
+@runtime_checkable
+class ChoosingExecutor(Executor, Protocol):
+    """One that can choose tokens where its logits are, so that these need not travel."""
+
+    def step_and_choose(self, batch: Sequence[SequenceInput]) -> list[Float32Array | int | None]:
+        """As `step`, but with the likeliest token that is not suppressed in place of logits, for a
+        sequence whose `suppressed` is given. It may answer with logits all the same."""
         ...

@@ -4,6 +4,8 @@ Built once a turn, when eviction has changed bases; during prefill and decode on
 were written are added, so a step costs the same however long the context is.
 """
 
+from itertools import count
+
 import numpy as np
 
 from framesink.runtime.arrays import BoolArray, Int32Array
@@ -11,6 +13,7 @@ from framesink.runtime.executors.base import ContextView
 from framesink.runtime.kv.page_pool import NULL_PAGE
 
 GROWTH_PAGES = 16
+_numbers = count()
 
 
 class Context:
@@ -22,6 +25,8 @@ class Context:
 
     def __init__(self, page_size: int) -> None:
         self._page_size = page_size
+        self._number = next(_numbers)
+        self._changes = 0
         self._rank: dict[int, int] = {}
         self._table: Int32Array = np.zeros(0, dtype=np.int32)
         self._positions: Int32Array = np.zeros((3, 0), dtype=np.int32)
@@ -36,6 +41,7 @@ class Context:
 
     def rebuild(self, slots: Int32Array, positions: Int32Array, bases: Int32Array) -> None:
         """Forget everything and add these rows, given in logical order (see `append`)."""
+        self._changes += 1
         self._rank.clear()
         self._valid[:] = False
         self._positions[:] = 0
@@ -56,6 +62,7 @@ class Context:
         """Take the newest rows out again, and the pages at the table's end they leave empty."""
         if slots.size == 0:
             return
+        self._changes += 1
         indices = self._indices(slots)
         self._valid[indices] = False
         self._positions[:, indices] = 0
@@ -76,6 +83,7 @@ class Context:
             positions=self._positions[:, :rows],
             valid=self._valid[:rows],
             bases=self._bases[:rows],
+            edition=(self._number, self._changes),
         )
 
     def _indices(self, slots: Int32Array) -> Int32Array:

@@ -1,0 +1,23 @@
+"""The kernels, as `framesink.runtime.executors.cuda.operations.Operations`."""
+
+from framesink.runtime.executors.cuda.kernels.activation import (
+    quantize,
+    rotate_heads,
+    silu_and_multiply,
+)
+from framesink.runtime.executors.cuda.kernels.append_rows import append_rows
+from framesink.runtime.executors.cuda.kernels.linear import linear
+from framesink.runtime.executors.cuda.kernels.normalization import rms_norm
+from framesink.runtime.executors.cuda.kernels.paged_decode import paged_decode
+from framesink.runtime.executors.cuda.kernels.paged_prefill import paged_prefill
+
+__all__ = [
+    "append_rows",
+    "linear",
+    "paged_decode",
+    "paged_prefill",
+    "quantize",
+    "rms_norm",
+    "rotate_heads",
+    "silu_and_multiply",
+]

@@ -1,0 +1,164 @@
+"""The language model on the GPU: layers over paged keys and values.
+
+Source: `transformers` `models/qwen2_5_vl/modeling_qwen2_5_vl.py` (`Qwen2_5_VLTextModel`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
+from framesink.runtime.executors.cuda.kernels.tiles import DeviceTiles
+from framesink.runtime.executors.cuda.layers import Layers, Linear
+from framesink.runtime.executors.cuda.weights import DecoderLayer, LanguageModelWeights
+from framesink.runtime.models.config import TextConfig
+
+# (layer, its projected q/k/v, its pages of keys, of values, where the result goes)
+Attend = Callable[[Linear, Tensor, Tensor, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NewRows:
+    """New tokens of a step: `positions` int32 `[3, m]`; `bases` and `slots` int32 `[m]`."""
+
+    positions: Tensor
+    bases: Tensor
+    slots: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedParts:
+    """Parts of prompts, one after another: `starts` int32 `[B + 1]` says where each begins,
+    `longest` is the largest part, `last` int64 `[n]` the tokens whose logits are wanted."""
+
+    starts: Tensor
+    longest: int
+    last: Tensor
+
+
+class LanguageModel:
+    """Runs decode steps and parts of prompts over the pages it owns."""
+
+    def __init__(
+        self,
+        config: TextConfig,
+        weights: LanguageModelWeights,
+        layers: Layers,
+        rotary: RotaryTable,
+        *,
+        num_pages: int,
+        page_size: int,
+    ) -> None:
+        """Allocates zeroed pages `[num_pages, Hkv, page_size, D]` of every layer's K and V."""
+        self._config = config
+        self._weights = weights
+        self._layers = layers
+        self._rotary = rotary
+        shape = (num_pages, config.num_key_value_heads, page_size, config.head_dim)
+        device = weights.embedding.device
+        self._pages = [
+            (
+                torch.zeros(shape, dtype=layers.dtype, device=device),
+                torch.zeros(shape, dtype=layers.dtype, device=device),
+            )
+            for _ in range(config.num_hidden_layers)
+        ]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings `[m, hidden]` of token ids int `[m]`, a tensor of its own."""
+        return torch.nn.functional.embedding(tokens, self._weights.embedding)
+
+    def decode(self, tokens: Tensor, rows: NewRows, tiles: DeviceTiles) -> Tensor:
+        """One token of each of B sequences: logits float32 `[B, vocab]`.
+
+        `tokens` int32 `[B]`; `tiles` are the contexts with the new rows in them.
+        """
+        operations = self._layers.operations
+
+        def attend(
+            output: Linear, qkv: Tensor, k_pages: Tensor, v_pages: Tensor, mixed: Tensor
+        ) -> None:
+            operations.append_rows(
+                qkv, self._rotary, rows.positions, rows.bases, rows.slots, k_pages, v_pages
+            )
+            operations.paged_decode(
+                qkv, self._rotary, rows.positions, tiles, k_pages, v_pages, mixed, output.input
+            )
+
+        hidden, delta = self._run(self.embed(tokens), attend)
+        return self._logits(hidden, delta)
+
+    def prefill(
+        self, hidden: Tensor, rows: NewRows, parts: PackedParts, tiles: DeviceTiles
+    ) -> Tensor:
+        """Parts of prompts: logits float32 `[n, vocab]` of the tokens `parts.last`.
+
+        `hidden` `[m, hidden]` are the tokens' embeddings, which are overwritten; `tiles` are the
+        contexts before the new rows.
+        """
+        operations, config = self._layers.operations, self._config
+        keys = torch.empty(
+            len(hidden),
+            config.num_key_value_heads,
+            config.head_dim,
+            dtype=self._layers.dtype,
+            device=hidden.device,
+        )
+
+        def attend(
+            output: Linear, qkv: Tensor, k_pages: Tensor, v_pages: Tensor, mixed: Tensor
+        ) -> None:
+            operations.append_rows(
+                qkv, self._rotary, rows.positions, rows.bases, rows.slots, k_pages, v_pages, keys
+            )
+            operations.paged_prefill(
+                qkv,
+                keys,
+                self._rotary,
+                rows.positions,
+                parts.starts,
+                parts.longest,
+                tiles,
+                k_pages,
+                v_pages,
+                mixed,
+                output.input,
+            )
+
+        hidden, delta = self._run(hidden, attend)
+        return self._logits(hidden[parts.last], delta[parts.last])
+
+    def _run(self, hidden: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+        """All layers; the last one's result is left to be added to `hidden`."""
+        delta: Tensor | None = None
+        for layer, (k_pages, v_pages) in zip(self._weights.layers, self._pages, strict=True):
+            delta = self._layer(layer, hidden, delta, k_pages, v_pages, attend)
+        assert delta is not None
+        return hidden, delta
+
+    def _layer(
+        self,
+        layer: DecoderLayer,
+        hidden: Tensor,
+        delta: Tensor | None,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        attend: Attend,
+    ) -> Tensor:
+        layers, config = self._layers, self._config
+        epsilon = config.rms_norm_eps
+        inputs = layers.rms_norm(hidden, layer.input_norm, epsilon, layer.qkv, delta)
+        width = config.num_attention_heads * config.head_dim
+        mixed = layers.form((len(hidden), width), layer.output, hidden.device)
+        attend(layer.output, layers.linear(inputs, layer.qkv), k_pages, v_pages, mixed)
+        delta = layers.linear(mixed, layer.output)
+        inputs = layers.rms_norm(hidden, layer.post_attention_norm, epsilon, layer.gate_up, delta)
+        return layers.gated_mlp(inputs, layer.gate_up, layer.down)
+
+    def _logits(self, hidden: Tensor, delta: Tensor) -> Tensor:
+        weights, layers = self._weights, self._layers
+        head = weights.head
+        inputs = layers.rms_norm(hidden, weights.final_norm, self._config.rms_norm_eps, head, delta)
+        return layers.linear(inputs, head).float()

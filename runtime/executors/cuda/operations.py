@@ -1,0 +1,94 @@
+"""What the model parts are calculated with: the kernels, behind one border.
+
+Every function writes into tensors it is given; the kernels' own docstrings say what they compute.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from framesink.runtime.executors.cuda.kernels.formats import OutputFormat
+from framesink.runtime.executors.cuda.kernels.linear import Weights
+from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
+from framesink.runtime.executors.cuda.kernels.tiles import DeviceTiles
+
+
+class Operations(Protocol):
+    """A module that has these functions will do."""
+
+    def append_rows(
+        self,
+        qkv: Tensor,
+        rotary: RotaryTable,
+        positions: Tensor,
+        bases: Tensor,
+        slots: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        new_keys: Tensor | None = None,
+        /,
+    ) -> None:
+        """Write new rows into the pages, keys rotated by their places."""
+        ...
+
+    def paged_decode(
+        self,
+        qkv: Tensor,
+        rotary: RotaryTable,
+        positions: Tensor,
+        tiles: DeviceTiles,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        out: Tensor,
+        output: OutputFormat,
+        /,
+    ) -> None:
+        """Attention of one new token per sequence."""
+        ...
+
+    def paged_prefill(
+        self,
+        qkv: Tensor,
+        new_keys: Tensor,
+        rotary: RotaryTable,
+        positions: Tensor,
+        starts: Tensor,
+        longest: int,
+        tiles: DeviceTiles,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        out: Tensor,
+        output: OutputFormat,
+        /,
+    ) -> None:
+        """Attention of several new tokens per sequence."""
+        ...
+
+    def rms_norm(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        epsilon: float,
+        out: Tensor,
+        output: OutputFormat,
+        delta: Tensor | None = None,
+        /,
+    ) -> None:
+        """Root-mean-square norm of `hidden`, after `delta` was added to it in place."""
+        ...
+
+    def silu_and_multiply(self, gate_up: Tensor, out: Tensor, output: OutputFormat, /) -> None:
+        """`silu(gate) · up`."""
+        ...
+
+    def quantize(self, values: Tensor, out: Tensor, output: OutputFormat, /) -> None:
+        """Values of the compute type as codes."""
+        ...
+
+    def rotate_heads(self, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, /) -> None:
+        """Rotate the queries and keys of the vision encoder, in place."""
+        ...
+
+    def linear(self, inputs: Tensor, weights: Weights, out: Tensor, /) -> None:
+        """A linear layer."""
+        ...

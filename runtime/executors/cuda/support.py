@@ -1,0 +1,34 @@
+"""Whether the `cuda` executor can run a bundle here; imports nothing that may be missing."""
+
+from importlib.util import find_spec
+
+from framesink.runtime.gpu import current_sm
+from framesink.runtime.manifest import Manifest
+
+# Triton's kernels here want bf16 products and asynchronous copies.
+MIN_SM = 80
+PAGE_SIZES = (8, 16, 32)
+MIN_HEAD_DIM = 32
+
+
+def why_not_cuda(manifest: Manifest) -> str | None:
+    """What stands against it, as the end of a sentence; None if nothing does."""
+    sm = current_sm()
+    if sm is None:
+        return "this machine has no usable NVIDIA GPU"
+    if int(sm.removeprefix("sm")) < MIN_SM:
+        return f"the GPU here is of {sm}, older than sm{MIN_SM}"
+    missing = [name for name in ("torch", "triton") if find_spec(name) is None]
+    if missing:
+        return f"{' and '.join(missing)} is not installed; install framesink[cuda]"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "the torch that is installed was built without CUDA; install framesink[cuda]"
+    head_dim = manifest.model.text.head_dim
+    if head_dim < MIN_HEAD_DIM or head_dim & (head_dim - 1):
+        return f"its kernels take no attention heads of {head_dim} channels"
+    if manifest.page_size not in PAGE_SIZES:
+        sizes = " or ".join(map(str, PAGE_SIZES))
+        return f"its kernels take pages of {sizes} rows, and the bundle has {manifest.page_size}"
+    return None

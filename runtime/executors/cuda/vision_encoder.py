@@ -1,0 +1,156 @@
+"""The vision encoder on the GPU.
+
+Source: `transformers` `models/qwen2_5_vl/modeling_qwen2_5_vl.py`
+(`Qwen2_5_VisionTransformerPretrainedModel`). As there, patches are sorted by attention window, so
+that windows, and whole frames too, are runs of rows. Windows cut off at an edge are run apart by
+size: nothing is padded.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from framesink.runtime.arrays import AnyArray
+from framesink.runtime.executors.cuda.layers import Layers
+from framesink.runtime.executors.cuda.weights import VisionBlock, VisionEncoderWeights
+from framesink.runtime.models.config import VisionConfig
+from framesink.runtime.models.vision_segments import window_segments
+from framesink.runtime.preprocess import Grid
+from framesink.runtime.rope import vision_rotary
+
+# A live session has one grid, and another after a change of resolution.
+CACHED_GRIDS = 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Layout:
+    """What depends on the grid alone.
+
+    `order` int64 `[n]`: the patch that stands at each row. `merged_order` int64 `[n/merge²]`: the
+    row of each merged patch. `cos`, `sin` float32 `[n, D/2]`, by row. `windows` are the windows by
+    size: int64 `[windows, size]` of rows, None where all windows are of one size and so all rows in
+    order. `frames` counts temporal steps.
+    """
+
+    order: Tensor
+    merged_order: Tensor
+    cos: Tensor
+    sin: Tensor
+    windows: tuple[Tensor, ...] | None
+    window_size: int
+    frames: int
+
+
+class VisionEncoder:
+    """Patches to embeddings."""
+
+    def __init__(
+        self,
+        config: VisionConfig,
+        weights: VisionEncoderWeights,
+        layers: Layers,
+        device: torch.device,
+    ) -> None:
+        self._config = config
+        self._weights = weights
+        self._layers = layers
+        self._device = device
+        self._layout = lru_cache(maxsize=CACHED_GRIDS)(self._make_layout)
+
+    def encode(self, patches: Tensor, grid: Grid) -> Tensor:
+        """Patches `[t·h·w, patch_dim]` to embeddings `[t·h·w / merge², out_hidden]`, in the compute
+        type."""
+        layers, weights = self._layers, self._weights
+        layout = self._layout(grid)
+        embedding = weights.patch_embedding
+        hidden = layers.linear(layers.encode(patches[layout.order], embedding), embedding)
+        delta: Tensor | None = None
+        for index, block in enumerate(weights.blocks):
+            full = index in self._config.fullatt_block_indexes
+            delta = self._block(block, hidden, delta, layout, full=full)
+        merged = self._merge(hidden, delta)
+        return merged[layout.merged_order]
+
+    def _block(
+        self,
+        block: VisionBlock,
+        hidden: Tensor,
+        delta: Tensor | None,
+        layout: _Layout,
+        *,
+        full: bool,
+    ) -> Tensor:
+        """One block; its last result is left to be added to `hidden`."""
+        layers, epsilon = self._layers, self._config.rms_norm_eps
+        inputs = layers.rms_norm(hidden, block.attention_norm, epsilon, block.qkv, delta)
+        qkv = layers.linear(inputs, block.qkv)
+        mixed = self._attend(qkv, layout, full=full)
+        delta = layers.linear(layers.encode(mixed, block.output), block.output)
+        inputs = layers.rms_norm(hidden, block.mlp_norm, epsilon, block.gate_up, delta)
+        return layers.gated_mlp(inputs, block.gate_up, block.down)
+
+    def _attend(self, qkv: Tensor, layout: _Layout, *, full: bool) -> Tensor:
+        """Attention within windows, or within frames: `[n, 3·hidden]` to `[n, hidden]`."""
+        config = self._config
+        heads = config.num_heads
+        self._layers.operations.rotate_heads(qkv, layout.cos, layout.sin, heads)
+        rows = qkv.view(len(qkv), 3, heads, config.head_dim)
+        if full:
+            return _attend_runs(rows, len(rows) // layout.frames)
+        if layout.windows is None:
+            return _attend_runs(rows, layout.window_size)
+        mixed = qkv.new_empty(len(qkv), heads * config.head_dim)
+        for index in layout.windows:
+            found = _attend_runs(rows[index.flatten()], index.shape[1])
+            mixed[index.flatten()] = found
+        return mixed
+
+    def _merge(self, hidden: Tensor, delta: Tensor | None) -> Tensor:
+        layers, weights, config = self._layers, self._weights, self._config
+        inner = weights.merger_inner
+        # The norm is over patches and the layer's input over merged ones, so it is encoded after.
+        normed = layers.plain_norm(hidden, weights.merger_norm, config.rms_norm_eps, delta)
+        merged = normed.view(-1, config.hidden_size * config.merge_unit)
+        activated = functional.gelu(layers.linear(layers.encode(merged, inner), inner))
+        outer = weights.merger_outer
+        return layers.linear(layers.encode(activated, outer), outer)
+
+    def _make_layout(self, grid: Grid) -> _Layout:
+        config = self._config
+        segments = window_segments([grid], config)
+        # Where a patch is among the windows, padding left out, is its row.
+        order = np.argsort(segments.inverse, kind="stable")
+        sizes = (segments.mask[:, 0, 0, :] == 0.0).sum(axis=1)
+        starts = np.cumsum(sizes) - sizes
+        windows = [
+            starts[sizes == size][:, None] + np.arange(size)[None, :] for size in np.unique(sizes)
+        ]
+        row_of_patch = np.empty(grid.patches, np.int64)
+        row_of_patch[order] = np.arange(grid.patches)
+        cos, sin = vision_rotary([grid], config, "float32")
+        return _Layout(
+            order=self._to_device(order),
+            merged_order=self._to_device(row_of_patch[:: config.merge_unit] // config.merge_unit),
+            cos=self._to_device(cos[order]),
+            sin=self._to_device(sin[order]),
+            windows=None
+            if len(windows) == 1
+            else tuple(self._to_device(index) for index in windows),
+            window_size=int(sizes[0]),
+            frames=grid.t,
+        )
+
+    def _to_device(self, values: AnyArray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
+
+
+def _attend_runs(rows: Tensor, length: int) -> Tensor:
+    """Attention of `[n, 3, heads, D]` within runs of `length` rows: `[n, heads·D]`."""
+    runs = rows.unflatten(0, (-1, length))
+    query, key, value = (runs[:, :, part].transpose(1, 2) for part in range(3))
+    mixed = functional.scaled_dot_product_attention(query, key, value)
+    return mixed.transpose(1, 2).flatten(2).flatten(0, 1)
