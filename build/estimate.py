@@ -54,7 +54,7 @@ ACTIVATION_COPIES = 6
 @dataclass(frozen=True, slots=True)
 class StageEstimate:
     """One stage of a build: its peak memory, and what it adds on disk (below 0: removes), in bytes;
-    and the option that leaves it out, if one does."""
+    and what to do to leave it out, if that is possible."""
 
     name: str
     memory: int
@@ -102,13 +102,16 @@ def estimate_build(
     quantization: Quantization | None = None,
     quantize: bool = False,
     calibrate: bool = False,
+    compare: bool = False,
     gate: bool = False,
+    context: int = 0,
 ) -> BuildEstimate:
     """Estimate each stage of the build of a model of these sizes.
 
     `observe` and `plans` say whether activations are observed and plans compiled, `quantize`
-    whether the checkpoint has to be quantized first and `calibrate` whether on video, `gate`
-    whether the bundle is compared.
+    whether the checkpoint has to be quantized first and `calibrate` whether on video, `compare`
+    whether all precisions are measured, `gate` whether the bundle is. `context` is the longest
+    context of a stream in tokens.
     """
     quantization = quantization or Quantization()
     weights = weight_bytes(config, model_weights(config), quantization)
@@ -116,7 +119,11 @@ def estimate_build(
     if observe:
         stages.append(StageEstimate("observe activations", _observation_memory(config), 0))
     if calibrate:
-        stages.append(StageEstimate("calibrate", _torch_memory(config), 0))
+        stages.append(StageEstimate("calibrate", _torch_memory(config, context), 0))
+    if compare:
+        # The weights that are simulated are kept beside those they were made from.
+        memory = _torch_memory(config, context) + _kept_bytes(config)
+        stages.append(StageEstimate("compare precisions", memory, 0, "do without --compare"))
     if quantize:
         stages.append(StageEstimate("quantize", QUANTIZING_BYTES, weights))
     stages.append(StageEstimate("write weights", PROCESS_BASE_BYTES, weights))
@@ -125,12 +132,16 @@ def estimate_build(
         StageEstimate("author graphs", 2 * PROCESS_BASE_BYTES, -weights if quantize else 0)
     )
     if gate:
-        stages.append(StageEstimate("quality gate", _gate_memory(config), 0, "--no-gate"))
+        stages.append(
+            StageEstimate("quality gate", _gate_memory(config, context), 0, "pass --no-gate")
+        )
     if plans:
         for part, size in compiled_bytes(config, quantization).items():
             memory = COMPILER_BASE_BYTES + int(COMPILER_BYTES_PER_WEIGHT_BYTE * size)
             stages.append(
-                StageEstimate(f"compile {part}", memory + PROCESS_BASE_BYTES, size, "--no-plans")
+                StageEstimate(
+                    f"compile {part}", memory + PROCESS_BASE_BYTES, size, "pass --no-plans"
+                )
             )
     return BuildEstimate(tuple(stages))
 
@@ -185,19 +196,31 @@ def _observation_memory(config: ModelConfig) -> int:
     return PROCESS_BASE_BYTES + FLOAT_BYTES * OBSERVED_COPIES * largest + _activation_bytes(config)
 
 
-def _torch_memory(config: ModelConfig) -> int:
-    shapes = model_weights(config)
-    whole = FLOAT_BYTES * _elements(shapes)
-    largest = FLOAT_BYTES * max(math.prod(shape) for shape in shapes.values())
-    kept = whole if whole <= TORCH_KEPT_BYTES else largest
-    return TORCH_BASE_BYTES + kept + _activation_bytes(config)
+def _torch_memory(config: ModelConfig, context: int) -> int:
+    largest = FLOAT_BYTES * max(math.prod(shape) for shape in model_weights(config).values())
+    kept = _kept_bytes(config) or largest
+    return TORCH_BASE_BYTES + kept + _page_bytes(config, context) + _activation_bytes(config)
 
 
-def _gate_memory(config: ModelConfig) -> int:
+def _kept_bytes(config: ModelConfig) -> int:
+    """What torch keeps of the weights: all of a small model's, none of a large one's."""
+    whole = FLOAT_BYTES * _elements(model_weights(config))
+    return whole if whole <= TORCH_KEPT_BYTES else 0
+
+
+def _gate_memory(config: ModelConfig, context: int) -> int:
     weights = sum(graph_weights(config, part) for part in PART_NAMES)
     small = HALF_BYTES * weights <= FLOAT32_WEIGHT_LIMIT
     executed = (FLOAT_BYTES if small else HALF_BYTES) * weights
-    return _torch_memory(config) + EXECUTED_COPIES * executed
+    pages = _page_bytes(config, context)
+    return _torch_memory(config, context) + EXECUTED_COPIES * executed + pages
+
+
+def _page_bytes(config: ModelConfig, context: int) -> int:
+    """K/V rows of one stream in float32."""
+    text = config.text
+    row = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    return FLOAT_BYTES * row * context
 
 
 def _activation_bytes(config: ModelConfig) -> int:

@@ -71,15 +71,15 @@ class Verification(BaseModel):
     top1: float
     gate: str | None = None
 
-    def check(self, gate: QualityGate) -> None:
+    def check(self, gate: QualityGate, *, video_option: str) -> None:
         """Raises VerificationError, with what was measured and asked, where the gate is not
-        reached."""
+        reached. `video_option` is how other video is given."""
         if not (self.top1 >= gate.top1 and self.kl <= gate.kl):
             raise VerificationError(
                 f"The bundle is too far from {self.reference}: top-1 agreement {self.top1:.4f} and "
                 f"mean KL {self.kl:.4g} nats over {self.tokens} tokens ({self.source}), asked "
-                f"{gate}; quantize less, ask for less with --gate, or judge it on video of the "
-                "kind it is for."
+                f"{gate}; give it video of the kind it is for with {video_option}, quantize less, "
+                "or ask for less with --gate."
             )
 
     def write(self, directory: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from framesink.build.gate import QualityGate
 from framesink.calibration.recipe import CachePrecision, LinearPrecision
+from framesink.calibration.videos import DEFAULT_CHUNKS
 from framesink.runtime.manifest import ComputeType
 
 DEFAULT_PAGE_SIZE = 16
@@ -13,7 +14,6 @@ DEFAULT_MAX_STREAMS = 8
 DEFAULT_MAX_CONTEXT = 16_384
 DEFAULT_MAX_PREFILL = 1024
 RANGE_CHUNKS = 2
-DEFAULT_CALIBRATION_CHUNKS = 64
 
 ObserverName = Literal["absmax", "percentile", "mse"]
 
@@ -27,9 +27,10 @@ class BuildOptions:
     K/V pages. `recipe` is a file that says more exactly what is quantized; `observer` how ranges
     of activations are chosen. `gate` is what the bundle must reach (None: what every quantized
     bundle must) against `gate_checkpoint` (None: `checkpoint`); without `judge` nothing is
-    measured.
+    measured. `compare` measures every other precision too, and puts a table into the bundle.
 
-    `calibration_videos` are files or folders, of which `calibration_chunks` are streamed; `device`
+    `calibration_videos` are files or folders (empty: those in the checkpoint's own folder
+    `calibration`, or else a generated scene), of which `calibration_chunks` are streamed; `device`
     is where torch does it. `targets` are SM names or `current` (empty: what the builder does by
     default). `executed_type` is what ONNX Runtime computes in (None: chosen by size). `max_patches`
     None means one chunk of the largest frames, `max_prefill` None 1024 tokens or the whole context
@@ -46,11 +47,12 @@ class BuildOptions:
     gate: QualityGate | None = None
     gate_checkpoint: Path | None = None
     judge: bool = True
+    compare: bool = False
     targets: tuple[str, ...] = ()
     plans: bool = True
     force: bool = False
     calibration_videos: tuple[Path, ...] = ()
-    calibration_chunks: int = DEFAULT_CALIBRATION_CHUNKS
+    calibration_chunks: int = DEFAULT_CHUNKS
     device: str = "cpu"
     executed_type: ComputeType | None = None
     page_size: int = DEFAULT_PAGE_SIZE

@@ -8,8 +8,15 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from framesink.build.accuracy import (
+    ACCURACY_NAME,
+    READABLE_NAME,
+    AccuracyTable,
+    read_checkpoint_accuracy,
+)
 from framesink.build.bundle_writer import WEIGHTS_NAME, BundleWriter, tool_versions
 from framesink.build.estimate import FLOAT32_WEIGHT_LIMIT, compiled_bytes, estimate_build
+from framesink.build.footage import Footage, choose_videos, divide_footage
 from framesink.build.gate import VERIFICATION_NAME, QualityGate
 from framesink.build.host import available_memory, free_disk
 from framesink.build.limits import choose_limits
@@ -23,15 +30,16 @@ from framesink.build.precision import (
     linear_schemes,
     part_precision,
 )
-from framesink.build.quality import measure_quality
+from framesink.build.quality import judged_chunks, measure_quality
 from framesink.build.quantization_plan import QuantizationPlan, plan_quantization
-from framesink.build.quantize import calibrate, quantize
+from framesink.build.quantize import calibrate, compare, quantize
 from framesink.build.reporter import BuildSummary, Reporter, StageResult
 from framesink.build.source import BuildInput, check_streams, observe, read_build_input
 from framesink.build.staging import check_output, staged_directory
 from framesink.calibration.fingerprint import checkpoint_fingerprint
 from framesink.calibration.ranges import FLOAT16_MAX, RANGES_NAME, ActivationRanges
 from framesink.calibration.recipe import Recipe
+from framesink.calibration.statistics import Statistics
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.errors import BuildError
 from framesink.runtime.manifest import (
@@ -75,7 +83,9 @@ def build_bundle(options: BuildOptions, reporter: Reporter) -> BuildSummary:
         quantization=wanted.quantization,
         quantize=wanted.recipe is not None,
         calibrate=wanted.calibrate,
+        compare=options.compare,
         gate=wanted.gate is not None,
+        context=limits.max_context,
     )
     memory, disk = available_memory(), free_disk(options.output)
     estimate.check(available_memory=memory, free_disk=disk)
@@ -83,8 +93,11 @@ def build_bundle(options: BuildOptions, reporter: Reporter) -> BuildSummary:
         f"Needs about {estimate.memory / 1e9:.1f} GB of memory and {estimate.disk / 1e9:.1f} GB of "
         f"disk; {memory / 1e9:.1f} GB and {disk / 1e9:.1f} GB are there."
     )
+    checkpoints = [path for path in (options.checkpoint, options.gate_checkpoint) if path]
+    videos = choose_videos(options.calibration_videos, checkpoints)
+    accuracy = read_checkpoint_accuracy(options.checkpoint)
     with staged_directory(options.output) as directory:
-        build = _Build(options, source, wanted, limits, directory, reporter)
+        build = _Build(options, source, wanted, limits, videos, accuracy, directory, reporter)
         try:
             return build.run(builder, targets)
         except OSError as error:
@@ -101,6 +114,8 @@ class _Build:
     source: BuildInput
     wanted: QuantizationPlan
     limits: Limits
+    videos: tuple[Path, ...]
+    accuracy: AccuracyTable | None
     directory: Path
     reporter: Reporter
     stages: list[StageResult] = field(default_factory=list)
@@ -108,12 +123,34 @@ class _Build:
 
     def run(self, builder: PlanBuilder | None, targets: tuple[str, ...]) -> BuildSummary:
         self.notes += self.wanted.notes
+        footage: Footage | None = None
+        if self.wanted.gate is not None or self.options.compare:
+            with self._stage("share out video"):
+                footage = self._share_out()
         with self._stage("observe activations"):
             ranges = self._activation_ranges()
         compiled_types = self._compute_types(ranges)
         checkpoint = self.source.checkpoint
+        statistics: Statistics | None = None
+        if self.wanted.calibrate:
+            with self._stage("calibrate"):
+                statistics = calibrate(
+                    self.source, self.options, self.limits, self.videos, footage, self.reporter
+                )
+        if self.options.compare and statistics is not None and footage is not None:
+            with self._stage("compare precisions"):
+                self.accuracy = compare(
+                    self.source,
+                    self.wanted.recipe,
+                    statistics,
+                    self.options,
+                    self.limits,
+                    footage,
+                    self.reporter,
+                )
         if self.wanted.recipe is not None:
-            checkpoint = self._quantize(self.wanted.recipe)
+            with self._stage("quantize"):
+                checkpoint = self._quantize(self.wanted.recipe, statistics)
         writer = BundleWriter(
             directory=self.directory,
             checkpoint=checkpoint,
@@ -131,12 +168,17 @@ class _Build:
                 writer.copy([checkpoint.directory / QUANTIZATION_NAME])
             ranges.write(self.directory)
             writer.record(RANGES_NAME)
+            if self.accuracy is not None:
+                self.accuracy.write(self.directory)
+                writer.record(ACCURACY_NAME)
+                writer.record(READABLE_NAME)
         if self.wanted.recipe is not None:
             shutil.rmtree(checkpoint.directory)
         plans: dict[PartName, tuple[PlanSpec, ...]] = dict.fromkeys(PART_NAMES, ())
-        if self.wanted.gate is not None:
+        if self.wanted.gate is not None and footage is not None:
+            manifest = self._manifest(writer, graphs, plans, builder)
             with self._stage("quality gate"):
-                self._judge(self._manifest(writer, graphs, plans, builder), self.wanted.gate)
+                self._judge(manifest, self.wanted.gate, footage)
             writer.record(VERIFICATION_NAME)
         if builder is None:
             self.notes.append(
@@ -166,7 +208,7 @@ class _Build:
             if ranges.checkpoint == checkpoint_fingerprint(self.source.checkpoint):
                 return ranges
             self.notes.append(f"{path} belongs to other weights, so the model was observed again.")
-        return observe(self.source, self.options.calibration_videos, self.reporter)
+        return observe(self.source, self.videos, self.reporter)
 
     def _compute_types(self, ranges: ActivationRanges) -> dict[PartName, ComputeType]:
         types: dict[PartName, ComputeType] = {}
@@ -192,34 +234,44 @@ class _Build:
             for part, compute_type in compiled.items()
         }
 
-    def _quantize(self, recipe: Recipe) -> Checkpoint:
+    def _share_out(self) -> Footage:
+        """Hold video back from calibration, if there is any; video that a person gives for the gate
+        alone is judged on from its beginning."""
+        judge = judged_chunks(self.source.checkpoint.config)
+        if self.options.calibration_videos and not self.wanted.calibrate:
+            return Footage.whole(self.videos, judge)
+        return divide_footage(
+            self.videos,
+            self.source.preprocess,
+            self.source.streaming.chunk_seconds,
+            calibrate=self.options.calibration_chunks,
+            judge=judge,
+            on_progress=self.reporter.progress,
+        )
+
+    def _quantize(self, recipe: Recipe, statistics: Statistics | None) -> Checkpoint:
         """A quantized checkpoint in a directory of the bundle, for as long as it is needed."""
-        statistics = None
-        if self.wanted.calibrate:
-            with self._stage("calibrate"):
-                statistics = calibrate(self.source, self.options, self.limits, self.reporter)
-        with self._stage("quantize"):
-            checkpoint, notes = quantize(
-                self.source,
-                recipe,
-                statistics,
-                self.options,
-                self.directory / QUANTIZED_DIRECTORY,
-                self.reporter,
-            )
+        checkpoint, notes = quantize(
+            self.source,
+            recipe,
+            statistics,
+            self.options,
+            self.directory / QUANTIZED_DIRECTORY,
+            self.reporter,
+        )
         self.notes += notes
         return checkpoint
 
-    def _judge(self, manifest: Manifest, gate: QualityGate) -> None:
+    def _judge(self, manifest: Manifest, gate: QualityGate, footage: Footage) -> None:
         """Measure the bundle as far as it is written; what was measured goes into it."""
         bundle = Bundle(self.directory, manifest)
         measured = measure_quality(
             bundle,
             self.options.gate_checkpoint or self.options.checkpoint,
-            self.options.calibration_videos,
+            footage,
             on_progress=self.reporter.progress,
         )
-        measured.check(gate)
+        measured.check(gate, video_option="--calibration-video")
         measured.model_copy(update={"gate": str(gate)}).write(self.directory)
 
     def _note_targets(self, builder: PlanBuilder, targets: tuple[str, ...]) -> None:
@@ -292,5 +344,6 @@ class _Build:
             versions=versions,
             activation_ranges=RANGES_NAME,
             verification=VERIFICATION_NAME if VERIFICATION_NAME in writer.files else None,
+            accuracy=ACCURACY_NAME if ACCURACY_NAME in writer.files else None,
             files=writer.files,
         )

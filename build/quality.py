@@ -1,14 +1,13 @@
 """Measure how far a bundle is from the 16-bit checkpoint it was made from, over live video."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 
 from framesink.build.device import INSTALL_HINT
 from framesink.build.estimate import compiled_bytes
+from framesink.build.footage import Footage
 from framesink.build.gate import Verification
-from framesink.calibration.videos import find_videos, open_streams
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.errors import VerificationError
 from framesink.runtime.executors import create_executor
@@ -22,14 +21,20 @@ LARGE_MODEL_BYTES = 2_000_000_000
 LARGE_MODEL_CHUNKS = 4
 
 
+def judged_chunks(config: ModelConfig) -> int:
+    """How many chunks a model of these sizes is compared over."""
+    size = sum(compiled_bytes(config).values())
+    return CHUNKS if size <= LARGE_MODEL_BYTES else LARGE_MODEL_CHUNKS
+
+
 def measure_quality(
     bundle: Bundle,
     checkpoint_directory: Path,
-    videos: Sequence[Path] = (),
+    footage: Footage,
     *,
     on_progress: Callable[[float], None] = lambda _: None,
 ) -> Verification:
-    """Compare a bundle with its checkpoint over live video: files, folders, or a generated scene.
+    """Compare a bundle with its checkpoint over live video: the chunks of `footage` to judge on.
 
     The checkpoint runs in torch, in float32; the bundle gets the same frames and tokens in ONNX
     Runtime. The checkpoint decides the tokens; eviction and replies are those of a live
@@ -50,18 +55,14 @@ def measure_quality(
     from framesink.calibration.torch_executor import TorchExecutor
 
     manifest = bundle.manifest
-    size = sum(compiled_bytes(manifest.model).values())
-    count = CHUNKS if size <= LARGE_MODEL_BYTES else LARGE_MODEL_CHUNKS
     settings = StreamSettings.from_bundle(bundle)
     pages = settings.num_pages(manifest.page_size)
-    files = find_videos(videos)
-    streams = open_streams(files, manifest.preprocess, manifest.streaming.chunk_seconds)
-    share = -(-count // len(streams))
+    streams = footage.judged_streams(manifest.preprocess, manifest.streaming.chunk_seconds)
     turns: list[TurnAgreement] = []
 
     def follow(stream: Iterator[Chunk]) -> Iterator[Chunk]:
-        for number, chunk in enumerate(islice(stream, share)):
-            on_progress((len(turns) + number) / count)
+        for number, chunk in enumerate(stream):
+            on_progress((len(turns) + number) / sum(footage.judged))
             yield chunk
 
     reference = TorchExecutor(checkpoint, num_pages=pages, page_size=manifest.page_size)
@@ -77,7 +78,7 @@ def measure_quality(
     return Verification(
         reference=checkpoint_directory.resolve().name,
         executor=candidate.name,
-        source=", ".join(file.name for file in files) or "generated scene",
+        source=footage.judged_source,
         chunks=len(turns),
         tokens=agreement.tokens,
         kl=agreement.kl,

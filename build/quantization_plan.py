@@ -53,7 +53,12 @@ def plan_quantization(options: BuildOptions, source: BuildInput) -> Quantization
     gate, notes = _choose_gate(options, quantization, already=found is not None)
     if gate is not None and options.gate_checkpoint is not None:
         open_reference(options.gate_checkpoint, config)
-    calibrate = recipe is not None and needs_statistics(quantization)
+    if options.compare and found is not None:
+        raise BuildError(
+            f"--compare simulates every precision of a 16-bit checkpoint, and {options.checkpoint} "
+            "is quantized already; leave it out, or give the 16-bit checkpoint."
+        )
+    calibrate = options.compare or (recipe is not None and needs_statistics(quantization))
     if calibrate:
         check_device(options.device)
     elif gate is not None and find_spec("torch") is None:

@@ -1,7 +1,10 @@
 """Quantize a 16-bit checkpoint in the course of a build."""
 
+from dataclasses import replace
 from pathlib import Path
 
+from framesink.build.accuracy import AccuracyTable
+from framesink.build.footage import Footage
 from framesink.build.options import BuildOptions
 from framesink.build.reporter import Reporter
 from framesink.build.source import BuildInput, stream_settings
@@ -14,23 +17,60 @@ from framesink.runtime.models.checkpoint import Checkpoint
 
 
 def calibrate(
-    source: BuildInput, options: BuildOptions, limits: Limits, reporter: Reporter
+    source: BuildInput,
+    options: BuildOptions,
+    limits: Limits,
+    videos: tuple[Path, ...],
+    footage: Footage | None,
+    reporter: Reporter,
 ) -> Statistics:
-    """Stream the calibration video through the checkpoint in torch and record every layer.
+    """Stream `videos` (none: a generated scene) through the checkpoint in torch and record every
+    layer; with `footage`, which shares out the same videos, only what is not held back.
 
     Raises what `framesink.calibration.streaming.observe_streaming` raises.
     """
     # Imported here: only calibration needs torch.
     from framesink.calibration.streaming import observe_streaming
 
-    return observe_streaming(
+    statistics = observe_streaming(
         source.checkpoint,
         stream_settings(source, limits),
-        options.calibration_videos,
-        chunks=options.calibration_chunks,
+        videos,
+        chunks=options.calibration_chunks if footage is None else sum(footage.calibrated),
+        shares=None if footage is None else footage.calibrated,
         device=options.device,
         on_progress=reporter.progress,
     )
+    if footage is None:
+        return statistics
+    return replace(statistics, source=footage.calibration_source)
+
+
+def compare(
+    source: BuildInput,
+    recipe: Recipe | None,
+    statistics: Statistics,
+    options: BuildOptions,
+    limits: Limits,
+    footage: Footage,
+    reporter: Reporter,
+) -> AccuracyTable:
+    """What every precision costs on the video that was held back.
+
+    Raises what `framesink.build.comparison.Comparison.measure` raises.
+    """
+    # Imported here: it needs torch.
+    from framesink.build.comparison import Comparison
+
+    return Comparison(
+        source.checkpoint,
+        statistics,
+        stream_settings(source, limits),
+        footage,
+        recipe,
+        Observer(options.observer or Observer.ABSMAX),
+        options.device,
+    ).measure(reporter.progress)
 
 
 def quantize(

@@ -14,7 +14,6 @@ from framesink.calibration.activation_range import observe_activations
 from framesink.calibration.ranges import ActivationRanges
 from framesink.calibration.recorded_turns import StreamSettings
 from framesink.calibration.samples import sample_chunks
-from framesink.calibration.videos import find_videos
 from framesink.runtime.errors import CheckpointError
 from framesink.runtime.manifest import Limits
 from framesink.runtime.models.checkpoint import Checkpoint
@@ -61,12 +60,9 @@ def read_build_input(directory: Path) -> BuildInput:
 
 
 def observe(source: BuildInput, videos: tuple[Path, ...], reporter: Reporter) -> ActivationRanges:
-    """Activation ranges of a checkpoint, on the given videos (files, or folders of them) or a
-    generated scene."""
+    """Activation ranges of a checkpoint, on the given videos; without any, on a generated scene."""
     seconds = source.streaming.chunk_seconds
-    chunks = sample_chunks(
-        find_videos(videos), source.preprocess, chunk_seconds=seconds, count=RANGE_CHUNKS
-    )
+    chunks = sample_chunks(videos, source.preprocess, chunk_seconds=seconds, count=RANGE_CHUNKS)
     return observe_activations(
         source.checkpoint,
         source.protocol,

@@ -32,6 +32,7 @@ def observe_streaming(
     *,
     chunks: int = DEFAULT_CHUNKS,
     minimum_chunks: int = DEFAULT_MINIMUM_CHUNKS,
+    shares: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     on_progress: Callable[[float], None] = lambda _: None,
@@ -40,8 +41,8 @@ def observe_streaming(
 
     Each video (files, or folders of them; none: a generated scene) is a live session of its own
     with the settings' defaults: chunks, evictions, and the model's own greedy replies. All have an
-    equal share, and what one leaves of it goes to those after it. `on_progress` is told the
-    fraction that is done.
+    equal share, and what one leaves of it goes to those after it; or `shares` says how many chunks
+    of each are shown at most. `on_progress` is told the fraction that is done.
 
     Raises OptionError for fewer chunks than `minimum_chunks`, VideoError for a video that cannot
     be read and for videos that yield fewer, CheckpointError, naming the layer, at the first NaN or
@@ -65,7 +66,8 @@ def observe_streaming(
     seen = 0
     with settings.engine(executor) as engine:
         for number, stream in enumerate(streams):
-            share = -(-(chunks - seen) // (len(streams) - number))
+            equal = -(-(chunks - seen) // (len(streams) - number))
+            share = equal if shares is None else shares[number]
             for _ in _answered(engine, islice(stream, share)):
                 seen += 1
                 on_progress(seen / chunks)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from reference.quantized_checkpoint import write_quantized_checkpoint
 from safetensors.numpy import load_file, save_file
 
+from framesink.build.footage import Footage
 from framesink.build.gate import QualityGate, Verification
 from framesink.build.quality import measure_quality
 from framesink.cli.main import framesink
@@ -19,6 +20,7 @@ from framesink.runtime.bundle import Bundle
 from framesink.runtime.errors import OptionError, VerificationError
 from framesink.runtime.models.quantization import LinearScheme
 
+GENERATED = Footage.whole((), 32)
 MEASURED = Verification(
     reference="model",
     executor="onnxruntime",
@@ -72,10 +74,10 @@ def test_a_gate_is_read_as_it_is_written(top1: float, kl: float) -> None:
 
 def test_half_a_gate_asks_for_half() -> None:
     gate = QualityGate.parse("top1=0.96")
-    MEASURED.check(gate)
+    MEASURED.check(gate, video_option="--video")
     assert str(gate) == "top1=0.96"
     with pytest.raises(VerificationError, match=r"asked kl=0\.01;"):
-        MEASURED.check(QualityGate.parse("kl=0.01"))
+        MEASURED.check(QualityGate.parse("kl=0.01"), video_option="--video")
 
 
 @pytest.mark.parametrize(
@@ -95,11 +97,11 @@ def test_a_gate_that_can_never_be_reached() -> None:
 @pytest.mark.parametrize("values", [{"top1": float("nan")}, {"kl": float("nan")}])
 def test_what_is_no_number_passes_no_gate(values: dict[str, float]) -> None:
     with pytest.raises(VerificationError):
-        MEASURED.model_copy(update=values).check(QualityGate(0.0, float("inf")))
+        MEASURED.model_copy(update=values).check(QualityGate(0.0, float("inf")), video_option="-")
 
 
 def test_a_16_bit_bundle_is_its_checkpoint(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
-    measured = measure_quality(Bundle.open(tiny_bundle), tiny_checkpoint)
+    measured = measure_quality(Bundle.open(tiny_bundle), tiny_checkpoint, GENERATED)
     assert measured.top1 == 1.0
     assert measured.worst_kl < 1e-4
     assert measured.chunks == 32
@@ -113,7 +115,7 @@ def test_damage_is_measured(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: 
     tensors = load_file(other / "model.safetensors")
     tensors["lm_head.weight"] *= np.float32(2.0)
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    measured = measure_quality(Bundle.open(tiny_bundle), other)
+    measured = measure_quality(Bundle.open(tiny_bundle), other, GENERATED)
     assert measured.top1 == 1.0
     assert measured.kl > 0.1
 

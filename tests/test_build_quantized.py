@@ -229,7 +229,8 @@ def test_a_short_calibration_video_is_refused(tiny_checkpoint: Path, tmp_path: P
         precision="int8",
         calibration_videos=(video,),
     )
-    assert "at least 16 are needed" in message
+    assert "yields 3 chunks of 1 s, 2 to calibrate on and 1 held back" in message
+    assert "at least 16 and 8 are needed" in message
 
 
 def test_torch_is_asked_for_where_it_is_needed(

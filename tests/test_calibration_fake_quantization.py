@@ -143,6 +143,37 @@ def test_weight_only_leaves_inputs_alone(
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_large_model_is_simulated_without_keeping_its_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs, weights = _random(5, 32), [_random(16, 32, seed=seed) for seed in (1, 2)]
+    fake = FakeLinear(LinearScheme.INT8_WEIGHT_ONLY)
+    made: list[torch.Tensor] = []
+
+    def run() -> list[AnyArray]:
+        numerics = FakeQuantization({"0": fake, "1": fake})
+        layers = [("0", weights[0]), ("1", weights[1])] * 2
+        return [
+            numerics.linear(name, _tensor(inputs), _tensor(weight), None).numpy()
+            for name, weight in layers
+        ]
+
+    quantize_weight = FakeLinear.weight
+
+    def count(self: FakeLinear, weight: torch.Tensor) -> torch.Tensor:
+        made.append(weight)
+        return quantize_weight(self, weight)
+
+    monkeypatch.setattr(FakeLinear, "weight", count)
+    small = run()
+    assert len(made) == 2
+    monkeypatch.setattr("framesink.calibration.fake_quantization.KEPT_BYTES", weights[0].nbytes)
+    large = run()
+    assert len(made) == 2 + 3  # the first is kept, the second made again
+    for found, expected in zip(large, small, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_layers_that_are_not_named_are_untouched() -> None:
     inputs, weight = _tensor(_random(ROWS, 24)), _tensor(_random(16, 24, seed=1))
     numerics = FakeQuantization({"other": FakeLinear(LinearScheme.INT4_WEIGHT_ONLY)})

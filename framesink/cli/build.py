@@ -54,6 +54,11 @@ PRECISION = click.Choice(["fp16", "fp8", "int8", "int8-weight-only", "int4-weigh
     help="The 16-bit checkpoint to compare with, if MODEL_DIR is quantized already.",
 )
 @click.option(
+    "--compare",
+    is_flag=True,
+    help="Measure every other precision too, in simulation, and put the table into the bundle.",
+)
+@click.option(
     "--target",
     "targets",
     multiple=True,
@@ -65,8 +70,8 @@ PRECISION = click.Choice(["fp16", "fp8", "int8", "int8-weight-only", "int4-weigh
     "calibration_videos",
     type=click.Path(path_type=Path),
     multiple=True,
-    help="Video, or folder of videos, to observe the model on; may be given again.  [default: a "
-    "generated scene]",
+    help="Video, or folder of videos, to observe the model on; may be given again. A part of it is "
+    "held back for the quality gate.  [default: MODEL_DIR/calibration, or a generated scene]",
 )
 @click.option(
     "--calibration-chunks",

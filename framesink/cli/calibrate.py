@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     "videos",
     type=click.Path(path_type=Path),
     multiple=True,
-    help="Video, or folder of videos, to observe the model on; may be given again.  [default: a "
-    "generated scene]",
+    help="Video, or folder of videos, to observe the model on; may be given again.  [default: "
+    "MODEL_DIR/calibration, or a generated scene]",
 )
 @click.option("--chunks", type=POSITIVE, help="Most chunks of video to observe.  [default: 64]")
 @click.option(
@@ -62,6 +62,12 @@ if TYPE_CHECKING:
     "--layout",
     type=click.Choice(["framesink", "modelopt", "tensorrt-llm"]),
     help="Whose form the checkpoint has; vLLM and SGLang read ModelOpt's.  [default: framesink]",
+)
+@click.option(
+    "--compare",
+    is_flag=True,
+    help="Measure every precision in simulation, on video held back from calibration, and write "
+    "the table beside the weights; build-engines takes it into the bundle.",
 )
 @click.option(
     "--sensitivity",
@@ -161,6 +167,7 @@ def _write_ranges(model_dir: Path, output: Path, videos: tuple[Path, ...]) -> No
     """Observe the range of activations alone, in numpy, one layer's weights in memory at a time."""
     from rich.console import Console
 
+    from framesink.build.footage import choose_videos
     from framesink.build.source import observe, read_build_input
     from framesink.calibration.ranges import FLOAT16_MAX
     from framesink.cli.progress import RichReporter
@@ -170,7 +177,7 @@ def _write_ranges(model_dir: Path, output: Path, videos: tuple[Path, ...]) -> No
     source = read_build_input(model_dir)
     with RichReporter(Console(stderr=True)) as reporter:
         reporter.stage("observe activations")
-        ranges = observe(source, videos, reporter)
+        ranges = observe(source, choose_videos(videos, [model_dir]), reporter)
     try:
         output.mkdir(parents=True, exist_ok=True)
         path = ranges.write(output)

@@ -1,13 +1,16 @@
 """What `framesink calibrate` does where something is quantized: observe, rank, write."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from framesink.build.accuracy import AccuracyTable
 from framesink.build.device import check_device
+from framesink.build.footage import Footage, choose_videos, divide_footage
 from framesink.build.limits import choose_limits
 from framesink.build.options import BuildOptions, ObserverName
+from framesink.build.quality import judged_chunks
 from framesink.build.reporter import Reporter
 from framesink.build.source import BuildInput, check_streams, stream_settings
 from framesink.calibration.fingerprint import checkpoint_fingerprint
@@ -28,7 +31,6 @@ from framesink.calibration.statistics_files import (
 from framesink.calibration.videos import (
     DEFAULT_CHUNKS,
     DEFAULT_MINIMUM_CHUNKS,
-    find_videos,
     open_streams,
 )
 from framesink.runtime.errors import CheckpointError, OptionError, OutputError
@@ -51,6 +53,7 @@ class CalibrationOptions:
     min_chunks: int = DEFAULT_MINIMUM_CHUNKS
     statistics: Path | None = None
     layout: Literal["framesink", "modelopt", "tensorrt-llm"] = "framesink"
+    compare: bool = False
     sensitivity: bool = False
     keep_for_kl: float | None = None
     keep_bytes: int | None = None
@@ -68,13 +71,15 @@ class CalibrationOptions:
 @dataclass(frozen=True, slots=True)
 class CalibrationResult:
     """What was seen (None: weights alone are quantized), what was ranked if that was asked for,
-    which layers stay in 16-bit because of it, and what was written to `output` by `recipe`."""
+    which layers stay in 16-bit because of it, what each precision costs if that was asked for, and
+    what was written to `output` by `recipe`."""
 
     output: Path
     recipe: Recipe
     statistics: Statistics | None
     sensitivity: "SensitivityReport | None"
     kept: "tuple[GroupSensitivity, ...]"
+    accuracy: AccuracyTable | None
     summary: QuantizeSummary
 
 
@@ -95,14 +100,17 @@ def run_calibration(
     statistics: Statistics | None = None
     report: SensitivityReport | None = None
     kept: tuple[GroupSensitivity, ...] = ()
+    accuracy: AccuracyTable | None = None
     quantization = recipe.resolve(source.checkpoint.config)
     if options.sensitivity and not quantization.linears:
         raise OptionError("--sensitivity ranks linear layers, and none of them is to be quantized.")
-    if options.sensitivity or needs_statistics(quantization):
+    if options.sensitivity or options.compare or needs_statistics(quantization):
         observation = _Observation(build, options, source, reporter)
         statistics = observation.observe()
         if options.sensitivity:
             recipe, report, kept = observation.keep_the_worst(recipe, statistics)
+        if observation.footage is not None:
+            accuracy = observation.compare(recipe, statistics, observation.footage)
     reporter.stage("quantize weights")
     summary = quantize_checkpoint(
         source.checkpoint,
@@ -115,7 +123,9 @@ def run_calibration(
         on_progress=reporter.progress,
     )
     recipe.write(build.output / RECIPE_NAME)
-    return CalibrationResult(build.output, recipe, statistics, report, kept, summary)
+    if accuracy is not None:
+        _write_accuracy(accuracy, build.output)
+    return CalibrationResult(build.output, recipe, statistics, report, kept, accuracy, summary)
 
 
 class _Observation:
@@ -135,8 +145,21 @@ class _Observation:
         self.options = options
         self.checkpoint = checkpoint
         self.reporter = reporter
-        self.videos = find_videos(build.calibration_videos)
+        self.videos = choose_videos(build.calibration_videos, [build.checkpoint])
         self.settings = stream_settings(source, limits)
+        self.footage = self._share_out() if options.compare else None
+
+    def _share_out(self) -> Footage:
+        """Hold video back from calibration, to compare precisions on."""
+        self.reporter.stage("share out video")
+        return divide_footage(
+            self.videos,
+            self.settings.preprocess,
+            self.settings.defaults.chunk_seconds,
+            calibrate=self.options.chunks,
+            judge=judged_chunks(self.checkpoint.config),
+            on_progress=self.reporter.progress,
+        )
 
     def observe(self) -> Statistics:
         """What an earlier run kept, or what the video shows."""
@@ -151,20 +174,44 @@ class _Observation:
                     f"{self.checkpoint.directory}; name another directory."
                 )
             self.reporter.note(f"Uses the statistics in {kept} ({statistics.source}).")
+            if self.footage is not None and statistics.source != self.footage.calibration_source:
+                self.reporter.note(
+                    f"Precisions are compared on {self.footage.judged_source}, which these "
+                    "statistics may have been measured on."
+                )
             return statistics
         self.reporter.stage("observe video")
+        footage = self.footage
         statistics = observe_streaming(
             self.checkpoint,
             self.settings,
             self.videos,
-            chunks=options.chunks,
+            chunks=options.chunks if footage is None else sum(footage.calibrated),
             minimum_chunks=options.min_chunks,
+            shares=None if footage is None else footage.calibrated,
             device=options.device,
             on_progress=self.reporter.progress,
         )
+        if footage is not None:
+            statistics = replace(statistics, source=footage.calibration_source)
         if kept is not None:
             _keep(statistics, kept)
         return statistics
+
+    def compare(self, recipe: Recipe, statistics: Statistics, footage: Footage) -> AccuracyTable:
+        """What every precision costs on the video that was held back."""
+        from framesink.build.comparison import Comparison
+
+        self.reporter.stage("compare precisions")
+        return Comparison(
+            self.checkpoint,
+            statistics,
+            self.settings,
+            footage,
+            recipe,
+            Observer(self.options.observer),
+            self.options.device,
+        ).measure(self.reporter.progress)
 
     def keep_the_worst(
         self, recipe: Recipe, statistics: Statistics
@@ -204,5 +251,12 @@ def _keep(statistics: Statistics, directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         save_statistics(statistics, directory)
+    except OSError as error:
+        raise OutputError(f"Cannot write {directory}: {error.strerror or error}.") from error
+
+
+def _write_accuracy(table: AccuracyTable, directory: Path) -> None:
+    try:
+        table.write(directory)
     except OSError as error:
         raise OutputError(f"Cannot write {directory}: {error.strerror or error}.") from error

@@ -11,7 +11,7 @@ from framesink.build.precision import scheme_name
 from framesink.calibration.quantize import QuantizeSummary
 from framesink.calibration.statistics import Statistics
 from framesink.cli.calibration_run import RECIPE_NAME, CalibrationResult
-from framesink.cli.summary import format_bytes
+from framesink.cli.summary import format_bytes, print_accuracy
 from framesink.runtime.models.quantization import CacheScheme
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ def print_calibration(result: CalibrationResult, console: Console) -> None:
     """Everything about a finished calibration."""
     if result.sensitivity is not None:
         _print_sensitivity(result.sensitivity, result.kept, console)
+    if result.accuracy is not None:
+        print_accuracy(result.accuracy, console)
     table = Table(show_header=False, box=None)
     table.add_column(style="bold", no_wrap=True)
     facts = [*_describe_statistics(result.statistics), *_describe_summary(result.summary)]

@@ -1,6 +1,6 @@
 """Tables about bundles: what a build made, and what a bundle holds."""
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.table import Table
 
@@ -88,7 +88,8 @@ def print_accuracy(table: AccuracyTable, console: Console) -> None:
     heading, *rows = table.cells()
     printed = Table(title="Accuracy", title_justify="left")
     for number, name in enumerate(heading):
-        printed.add_column(escape(name), justify="left" if number < NAMING_COLUMNS else "right")
+        justify: JustifyMethod = "left" if number < NAMING_COLUMNS else "right"
+        printed.add_column(escape(name), justify=justify, overflow="fold")
     for cells in rows:
         printed.add_row(*(escape(cell) for cell in cells))
     console.print(printed)

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     "videos",
     type=click.Path(path_type=Path),
     multiple=True,
-    help="Video to stream; may be given again. Default: a generated scene.",
+    help="Video to stream, or folder of videos; may be given again.  [default: what a build would "
+    "hold back of the checkpoint's own video, or of a generated scene]",
 )
 def verify(
     bundle: Path,
@@ -89,13 +90,25 @@ def _stored(bundle: "Bundle") -> "Verification":
 def _measure(
     bundle: "Bundle", checkpoint: Path, videos: tuple[Path, ...], console: "Console"
 ) -> "Verification":
-    from framesink.build.quality import measure_quality
+    from framesink.build.footage import Footage, choose_videos, divide_footage
+    from framesink.build.quality import judged_chunks, measure_quality
+    from framesink.calibration.videos import DEFAULT_CHUNKS
 
+    manifest = bundle.manifest
+    chosen, judge = choose_videos(videos, [checkpoint]), judged_chunks(manifest.model)
+    seconds = manifest.streaming.chunk_seconds
+    footage = (
+        Footage.whole(chosen, judge)
+        if videos
+        else divide_footage(
+            chosen, manifest.preprocess, seconds, calibrate=DEFAULT_CHUNKS, judge=judge
+        )
+    )
     with console.status("Streaming") as status:
         return measure_quality(
             bundle,
             checkpoint,
-            videos,
+            footage,
             on_progress=lambda share: status.update(f"Streaming, {share:.0%}"),
         )
 
@@ -114,7 +127,7 @@ def _judge(measured: "Verification", gate: "QualityGate", console: "Console") ->
     table.add_row("tokens compared", f"{measured.tokens} in {measured.chunks} chunks", "")
     table.add_row("video", measured.source, "")
     console.print(table)
-    measured.check(gate)
+    measured.check(gate, video_option="--video")
 
 
 def _compare_with_transformers(
