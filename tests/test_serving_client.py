@@ -98,12 +98,14 @@ def test_a_session_from_the_first_chunk_to_the_end(server: FakeTriton, client: C
     session.push(FRAME)
     session.ask("How many?")
     session.push(FRAME)
+    assert [event.question for event in itertools.islice(session, 3)] == [None] * 3
+    session.push(FRAME, question="Where?")
     session.finish()
     events = list(session)
     assert text_of(events) == WORDS * 2
-    assert session.transcript == WORDS * 2
-    assert [event.turn for event in events if event.final] == [0, 1]
-    assert [event.question for event in events] == [None] * 3 + ["How many?"] * 3
+    assert session.transcript == WORDS * 3
+    assert [event.turn for event in events if event.final] == [1, 2]
+    assert [event.question for event in events] == ["How many?"] * 3 + ["Where?"] * 3
     assert events[2].tokens == (0, 1, 9)
     assert [event.words for event in events[:3]] == [(0,), (1,), ()]
     timing = events[2].timing

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rich.table import Table
 
@@ -15,7 +15,10 @@ from framesink.bench.endurance import EnduranceReport
 from framesink.bench.measure import Quantiles
 from framesink.runtime.errors import OutputError
 
-Report = ChunkReport | EnduranceReport | ConcurrencyReport
+if TYPE_CHECKING:  # it needs the client's packages, which no other benchmark does
+    from framesink.bench.serve import ServeReport
+
+Report: TypeAlias = "ChunkReport | EnduranceReport | ConcurrencyReport | ServeReport"
 
 
 def write_json(report: Report, path: Path) -> None:
@@ -108,6 +111,26 @@ def endurance_table(report: EnduranceReport) -> Table:
             f"{growth.cpu_ratio:.2f}×",
             f"{growth.itl_ratio:.2f}×",
         )
+    return table
+
+
+def serve_table(report: "ServeReport") -> Table:
+    """Server against local runtime."""
+    height, width = report.frame_size
+    rows = []
+    for name in ("first", "token"):
+        label = {"first": "first token", "token": "per further token"}[name]
+        rows.append((f"{label}, local", getattr(report.local, name)))
+        for road in report.roads:
+            rows.append((f"{label}, {road}", getattr(report.roads[road], name)))
+            rows.append(("    over local", getattr(report.overhead[road], name)))
+    table = _time_table(
+        f"Server and local runtime, {report.chunks} chunks of {width}×{height} as "
+        f"{report.frame_format} after {report.warmup} to warm up",
+        rows,
+    )
+    for road, same in report.same_tokens.items():
+        table.add_row(f"same tokens, {road}", f"{same} of {report.chunks}", "")
     return table
 
 

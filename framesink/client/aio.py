@@ -40,14 +40,17 @@ class AsyncSession:
         *,
         t0: float | None = None,
         t1: float | None = None,
+        question: str | None = None,
         timeout: float | None = None,
     ) -> None:
         """See `Session.push`; frames are compressed in a thread."""
-        await self._push(OutgoingChunk.of_frames(frames, timestamps, t0, t1), timeout)
+        await self._push(OutgoingChunk.of_frames(frames, timestamps, t0, t1), question, timeout)
 
-    async def push_chunk(self, chunk: Chunk, *, timeout: float | None = None) -> None:
+    async def push_chunk(
+        self, chunk: Chunk, *, question: str | None = None, timeout: float | None = None
+    ) -> None:
         """See `Session.push`."""
-        await self._push(OutgoingChunk.of_chunk(chunk), timeout)
+        await self._push(OutgoingChunk.of_chunk(chunk), question, timeout)
 
     async def ask(self, text: str) -> None:
         """See `Session.ask`."""
@@ -81,7 +84,9 @@ class AsyncSession:
             elif not await link.flow.wait_async(link.flow.readable, link.settings.quiet_seconds):
                 await asyncio.to_thread(link.check_server)
 
-    async def _push(self, chunk: OutgoingChunk, timeout: float | None) -> None:
+    async def _push(
+        self, chunk: OutgoingChunk, question: str | None, timeout: float | None
+    ) -> None:
         link = self._link
         limit = link.settings.push_timeout if timeout is None else timeout
         deadline = time.monotonic() + limit
@@ -92,7 +97,7 @@ class AsyncSession:
             if left <= 0:
                 raise backlog(limit)
             await asyncio.to_thread(link.check_server)
-        await asyncio.to_thread(link.send_chunk, chunk)
+        await asyncio.to_thread(link.send_chunk, chunk, question)
 
     async def __aenter__(self) -> Self:
         return self

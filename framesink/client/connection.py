@@ -19,7 +19,7 @@ from framesink.client.errors import (
     ServerUnavailableError,
     SessionLostError,
 )
-from framesink.client.wire import Request, decode, encode
+from framesink.client.wire import Request, decode, encode, plain
 from framesink.runtime.errors import OptionError
 from framesink.serving.contract import LANGUAGE_MODEL
 
@@ -152,4 +152,4 @@ class Connection:
 def _status(error: grpc.RpcError) -> tuple[str, str]:
     """Name of the code, and the sentence."""
     code: grpc.StatusCode = error.code()
-    return code.name, error.details() or code.name
+    return code.name, plain(error.details() or code.name)

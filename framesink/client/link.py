@@ -31,7 +31,7 @@ from framesink.runtime.errors import BacklogError, FramesinkError, SessionClosed
 from framesink.runtime.events import EventKind
 from framesink.serving.contract import LANGUAGE_MODEL
 
-_MAX_QUESTIONS = 16
+_MAX_QUESTIONS = 8
 _MAX_EVENTS = 1024
 _TRANSCRIPT_CHARACTERS = 8_000
 _JOIN_SECONDS = 2.0
@@ -78,17 +78,20 @@ class SessionLink:
 
     # Out.
 
-    def send_chunk(self, chunk: OutgoingChunk) -> None:
-        """Send a chunk for which a place was taken; raises VideoError if it cannot be compressed.
+    def send_chunk(self, chunk: OutgoingChunk, question: str | None = None) -> None:
+        """Send a chunk for which a place was taken, and a question with it.
 
-        Compressing takes its time in the calling thread.
+        Compressing takes its time in the calling thread. Raises VideoError if that cannot be done,
+        and what `send_question` raises.
         """
         began = time.monotonic()
         try:
             payload = chunk.payload(self.settings.frame_format, self.settings.quality)
             with self._lock:
                 self._require_input()
-                request = self._request(chunk=payload)
+                if question is not None:
+                    self._add_question(question)
+                request = self._request(chunk=payload, question=question)
                 self._send(Pending(request, began, chunk.captured_at, holds_place=True))
         except FramesinkError:
             self.flow.return_places(1)
@@ -98,11 +101,7 @@ class SessionLink:
         """Send a question. Raises BacklogError while too many are unanswered."""
         with self._lock:
             self._require_input()
-            if len(self._unanswered) >= _MAX_QUESTIONS:
-                raise BacklogError(
-                    f"{_MAX_QUESTIONS} questions wait for chunks to be answered with; push some."
-                )
-            self._unanswered.append(text)
+            self._add_question(text)
             self._send(Pending(self._request(question=text), time.monotonic()))
 
     def send_finish(self) -> None:
@@ -353,6 +352,14 @@ class SessionLink:
             question=question,
             parameters=parameters,
         )
+
+    def _add_question(self, text: str) -> None:
+        """A question is about to be sent; the lock is held."""
+        if len(self._unanswered) >= _MAX_QUESTIONS:
+            raise BacklogError(
+                f"{_MAX_QUESTIONS} questions wait for chunks to be answered with; push some."
+            )
+        self._unanswered.append(text)
 
     def _settle(self, question: str | None) -> None:
         """A question was answered or refused; the lock is held."""

@@ -43,9 +43,11 @@ class Session:
         *,
         t0: float | None = None,
         t1: float | None = None,
+        question: str | None = None,
         timeout: float | None = None,
     ) -> None:
-        """Send one chunk of frames, uint8 RGB `[T, H, W, 3]` or T frames `[H, W, 3]`.
+        """Send one chunk of frames, uint8 RGB `[T, H, W, 3]` or T frames `[H, W, 3]`, and a
+        question with it.
 
         `timestamps`, and `t0` and `t1` together, are seconds of video time; what is left out the
         server fills in: the chunk follows the one before it. Waits for a place among the chunks
@@ -53,11 +55,13 @@ class Session:
         when there was none, SessionClosedError or ClientError when the session is over, VideoError
         for frames or times that make no sense.
         """
-        self._push(OutgoingChunk.of_frames(frames, timestamps, t0, t1), timeout)
+        self._push(OutgoingChunk.of_frames(frames, timestamps, t0, t1), question, timeout)
 
-    def push_chunk(self, chunk: Chunk, *, timeout: float | None = None) -> None:
+    def push_chunk(
+        self, chunk: Chunk, *, question: str | None = None, timeout: float | None = None
+    ) -> None:
         """Send one chunk; see `push`."""
-        self._push(OutgoingChunk.of_chunk(chunk), timeout)
+        self._push(OutgoingChunk.of_chunk(chunk), question, timeout)
 
     def ask(self, text: str) -> None:
         """Ask a question: it joins the next chunk, whose events are then of kind `answer`.
@@ -88,7 +92,7 @@ class Session:
         """End at once: drop what waits and free the session's pages. May be called again."""
         self._link.close()
 
-    def _push(self, chunk: OutgoingChunk, timeout: float | None) -> None:
+    def _push(self, chunk: OutgoingChunk, question: str | None, timeout: float | None) -> None:
         link = self._link
         limit = link.settings.push_timeout if timeout is None else timeout
         deadline = time.monotonic() + limit
@@ -98,7 +102,7 @@ class Session:
             if left <= 0:
                 raise backlog(limit)
             link.check_server()
-        link.send_chunk(chunk)
+        link.send_chunk(chunk, question)
 
     # Out.
 

@@ -107,10 +107,14 @@ def decode(message: ModelStreamInferResponse) -> Response:
     """The response in a message. Raises ResponseError if the contract does not allow it."""
     response = message.infer_response
     if message.error_message:
-        sentence = message.error_message.removeprefix(_ENSEMBLE_PREFIX)
-        return Response(response.id, None, True, sentence)
+        return Response(response.id, None, True, plain(message.error_message))
     final = response.parameters["triton_final_response"].bool_param
     return Response(response.id, _event(response) if response.outputs else None, final)
+
+
+def plain(sentence: str) -> str:
+    """An error's sentence as a composing model wrote it."""
+    return sentence.removeprefix(_ENSEMBLE_PREFIX)
 
 
 def _tensors(request: Request) -> dict[str, tuple[Sequence[int], bytes]]:

@@ -1,0 +1,172 @@
+"""What a server adds to the local runtime: to the first token and to every further one."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Protocol
+
+import cv2
+import numpy as np
+
+from framesink.bench.measure import Quantiles
+from framesink.client import Client, SessionSettings
+from framesink.client.client import SessionParameters
+from framesink.client.frames import compress
+from framesink.runtime.engine import StreamingEngine
+from framesink.runtime.errors import FramesinkError
+from framesink.runtime.events import Event, EventKind
+from framesink.runtime.video.chunk import Chunk
+from framesink.serving.contract import LANGUAGE_MODEL, STREAMING_VLM
+
+ROADS = {"direct": LANGUAGE_MODEL, "ensemble": STREAMING_VLM}
+
+
+@dataclass(frozen=True, slots=True)
+class RoadTimes:
+    """Seconds, as a caller sees them. `first`: from handing a chunk over to the first event of its
+    reply; `token`: from there to the reply's end, per further token."""
+
+    first: Quantiles
+    token: Quantiles
+
+
+@dataclass(frozen=True, slots=True)
+class ServeReport:
+    """`local` is the runtime in this process, `roads` those of the server, `overhead` what each
+    adds to it: the difference of the same chunk both ways. `same_tokens` counts the chunks whose
+    tokens are those of the local runtime."""
+
+    executor: str
+    chunks: int
+    warmup: int
+    frame_size: tuple[int, int]
+    frame_format: str
+    local: RoadTimes
+    roads: dict[str, RoadTimes]
+    overhead: dict[str, RoadTimes]
+    same_tokens: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    first: float
+    rest: float
+    tokens: tuple[int, ...]
+
+    @property
+    def per_token(self) -> float | None:
+        further = len(self.tokens) - 1
+        return self.rest / further if further > 0 else None
+
+
+class _Session(Protocol):
+    def push_chunk(self, chunk: Chunk) -> None: ...
+
+    def __iter__(self) -> Iterator[Event]: ...
+
+
+def measure_serving(
+    engine: StreamingEngine,
+    client: Client,
+    source: Iterator[Chunk],
+    *,
+    chunks: int,
+    warmup: int,
+    settings: SessionSettings,
+    max_new_tokens: int | None = None,
+) -> ServeReport:
+    """Run the same chunks through the engine here and the server's roads, in turn, chunk by chunk,
+    so that whatever else the machine does meets all of them alike.
+
+    The local runtime is given the pixels that the server gets. Raises what `Client.session` and
+    `StreamingEngine.open_session` raise, FramesinkError if a session fails.
+    """
+    limits: SessionParameters = {}
+    if max_new_tokens is not None:
+        limits["max_new_tokens"] = max_new_tokens
+    with ExitStack() as stack:
+        sessions: dict[str, _Session] = {
+            "local": stack.enter_context(engine.open_session(max_new_tokens=max_new_tokens))
+        }
+        for road, model in ROADS.items():
+            sessions[road] = stack.enter_context(
+                client.session(settings=replace(settings, model=model), **limits)
+            )
+        events = {name: iter(session) for name, session in sessions.items()}
+        replies: dict[str, list[_Reply]] = {name: [] for name in sessions}
+        size = (0, 0)
+        for number, chunk in enumerate(islice(source, warmup + chunks)):
+            size = (chunk.frames.shape[1], chunk.frames.shape[2])
+            for name, session in sessions.items():
+                sent = _as_received(chunk, settings) if name == "local" else chunk
+                reply = _run(session, events[name], sent)
+                if number >= warmup:
+                    replies[name].append(reply)
+    local = replies.pop("local")
+    return ServeReport(
+        executor=engine.executor_reason,
+        chunks=len(local),
+        warmup=warmup,
+        frame_size=size,
+        frame_format=settings.frame_format,
+        local=_times(local),
+        roads={road: _times(run) for road, run in replies.items()},
+        overhead={road: _differences(run, local) for road, run in replies.items()},
+        same_tokens=_same_tokens(replies, local),
+    )
+
+
+def _run(session: _Session, events: Iterator[Event], chunk: Chunk) -> _Reply:
+    started = time.perf_counter()
+    session.push_chunk(chunk)
+    first = None
+    for event in events:
+        if event.kind is EventKind.ERROR:
+            raise FramesinkError(event.text)
+        if event.kind is EventKind.DEGRADED:
+            continue
+        now = time.perf_counter()
+        first = now if first is None else first
+        if event.final:
+            return _Reply(first - started, now - first, event.tokens)
+    raise FramesinkError("A session ended before it replied to a chunk; run the bench again.")
+
+
+def _as_received(chunk: Chunk, settings: SessionSettings) -> Chunk:
+    if settings.frame_format != "jpeg":
+        return chunk
+    files = compress(chunk.frames, "jpeg", settings.quality)
+    images = [cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR) for file in files]
+    return replace(
+        chunk, frames=np.stack([cv2.cvtColor(image, cv2.COLOR_BGR2RGB) for image in images])
+    )
+
+
+def _times(replies: list[_Reply]) -> RoadTimes:
+    return RoadTimes(
+        first=Quantiles.of([reply.first for reply in replies]),
+        token=Quantiles.of([t for reply in replies if (t := reply.per_token) is not None]),
+    )
+
+
+def _differences(replies: list[_Reply], local: list[_Reply]) -> RoadTimes:
+    pairs = list(zip(replies, local, strict=True))
+    return RoadTimes(
+        first=Quantiles.of([one.first - other.first for one, other in pairs]),
+        token=Quantiles.of(
+            [
+                here - there
+                for one, other in pairs
+                if (here := one.per_token) is not None and (there := other.per_token) is not None
+            ]
+        ),
+    )
+
+
+def _same_tokens(replies: Mapping[str, list[_Reply]], local: list[_Reply]) -> dict[str, int]:
+    return {
+        road: sum(one.tokens == other.tokens for one, other in zip(run, local, strict=True))
+        for road, run in replies.items()
+    }
