@@ -1,6 +1,8 @@
-"""Writes the bundled clip, a held-out scene as a real video file, and what is true of it.
+"""Writes the bundled clip, a held-out scene as a real video file, and what is true of it; and the
+video that `build-engines` calibrates the model on, a scene it was trained on.
 
-`python -m demo.clip` writes `demo/clip.mp4` and `demo/clip.json`.
+`python -m demo.clip` writes `demo/clip.mp4`, `demo/clip.json` and
+`demo/model/calibration/scene.mp4`.
 """
 
 import json
@@ -16,6 +18,11 @@ SEED = 50_011
 SECONDS = 72
 SIZE = 336
 FRAMES_PER_SECOND = 8
+# Long enough to cut old text in its middle and to count beyond ten, as long streams do.
+CALIBRATION_SEED = 1_000_010
+CALIBRATION_SECONDS = 320
+CALIBRATION_SIZE = 224
+CALIBRATION_FRAMES_PER_SECOND = 4
 
 
 def clip_scene() -> Scene:
@@ -52,11 +59,19 @@ def ground_truth(scene: Scene) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write both files."""
+    """Write all three files."""
     scene = clip_scene()
     write_video(scene, DIRECTORY / "clip.mp4", size=SIZE, fps=FRAMES_PER_SECOND)
     text = json.dumps(ground_truth(scene), indent=1)
     (DIRECTORY / "clip.json").write_text(text + "\n", encoding="utf-8")
+    calibration = DIRECTORY / "model" / "calibration" / "scene.mp4"
+    calibration.parent.mkdir(exist_ok=True)
+    write_video(
+        make_scene(CALIBRATION_SEED, CALIBRATION_SECONDS),
+        calibration,
+        size=CALIBRATION_SIZE,
+        fps=CALIBRATION_FRAMES_PER_SECOND,
+    )
 
 
 if __name__ == "__main__":
