@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,18 @@ SIZES: Mapping[str, dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class RandomTensor:
+    """A tensor drawn from a normal distribution and clipped to ±`largest`, if that is given; a
+    `deviation` of 0 makes every number `mean`. `dtype` is numpy's or ml_dtypes' name."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    mean: float
+    deviation: float
+    largest: float | None = None
+
+
 def write_random_checkpoint(
     size: str, directory: Path, *, scheme: LinearScheme = LinearScheme.UNQUANTIZED, seed: int = 0
 ) -> None:
@@ -121,6 +134,15 @@ def write_random_checkpoint(
     """
     if scheme is LinearScheme.INT4_WEIGHT_ONLY:
         raise ValueError("Random checkpoints are made in 16-bit, FP8 or INT8, not in INT4.")
+    config = write_random_description(size, directory)
+    quantization = quantize_blocks(config, scheme)
+    if quantization.linears:
+        quantization.write(directory)
+    _write_weights(random_tensors(config, quantization), directory / WEIGHTS_NAME, seed)
+
+
+def write_random_description(size: str, directory: Path) -> ModelConfig:
+    """Write all of such a checkpoint but its weights: config and tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)
     sizes = SIZES[size]
     special = min(_QWEN_ORDINARY_TOKENS, sizes["vocab_size"] - len(SPECIAL_TOKENS))
@@ -144,15 +166,11 @@ def write_random_checkpoint(
     }
     (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
     _make_tokenizer(special).save(str(directory / "tokenizer.json"))
-    parsed = parse_config(config)
-    quantization = _quantize_blocks(parsed, scheme)
-    if quantization.linears:
-        quantization.write(directory)
-    rules, _ = tensor_rules(parsed, quantization)
-    _write_weights(rules, directory / WEIGHTS_NAME, seed)
+    return parse_config(config)
 
 
-def _quantize_blocks(config: ModelConfig, scheme: LinearScheme) -> Quantization:
+def quantize_blocks(config: ModelConfig, scheme: LinearScheme) -> Quantization:
+    """Every linear layer of the blocks in `scheme`, the others in 16 bits."""
     if scheme is LinearScheme.UNQUANTIZED:
         return Quantization()
     return Quantization(
@@ -178,27 +196,38 @@ def _make_tokenizer(ordinary: int) -> Tokenizer:
     return tokenizer
 
 
-def _write_weights(rules: Mapping[str, TensorRule], path: Path, seed: int) -> None:
+def random_tensors(config: ModelConfig, quantization: Quantization) -> dict[str, RandomTensor]:
+    """What every tensor of such a checkpoint is drawn from, by canonical name."""
+    rules, _ = tensor_rules(config, quantization)
+    return {name: _random_tensor(name, rules) for name in rules}
+
+
+def _random_tensor(name: str, rules: Mapping[str, TensorRule]) -> RandomTensor:
+    rule = rules[name]
+    dtype, shape = _dtype(rule), rule.shapes[0]
+    if dtype == "float32":
+        return RandomTensor(dtype, shape, mean=_scale(name, rules), deviation=0.0)
+    largest = _LARGEST.get(dtype)
+    deviation = _DEVIATION if largest is None else largest / _DEVIATIONS
+    is_norm = len(shape) == 1 and name.endswith("weight")
+    return RandomTensor(dtype, shape, mean=float(is_norm), deviation=deviation, largest=largest)
+
+
+def _write_weights(tensors: Mapping[str, RandomTensor], path: Path, seed: int) -> None:
     random = np.random.default_rng(seed)
-    tensors = {name: (_dtype(rule), rule.shapes[0]) for name, rule in rules.items()}
-    with SafetensorsWriter(path, tensors) as writer:
-        for name, (dtype, shape) in tensors.items():
-            elements = math.prod(shape)
-            if dtype == "float32":
-                writer.write(name, np.full(elements, _scale(name, rules), np.float32))
-                continue
-            largest = _LARGEST.get(dtype)
-            deviation = _DEVIATION if largest is None else largest / _DEVIATIONS
-            is_norm = len(shape) == 1 and name.endswith("weight")
+    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    with SafetensorsWriter(path, layout) as writer:
+        for name, tensor in tensors.items():
+            elements = math.prod(tensor.shape)
             for start in range(0, elements, _BLOCK_ELEMENTS):
                 block = random.standard_normal(
                     min(_BLOCK_ELEMENTS, elements - start), dtype=np.float32
                 )
-                block *= deviation
-                block += float(is_norm)
-                if largest is not None:
-                    np.clip(block, -largest, largest, out=block)
-                writer.write(name, block.astype(np.dtype(dtype)))
+                block *= tensor.deviation
+                block += tensor.mean
+                if tensor.largest is not None:
+                    np.clip(block, -tensor.largest, tensor.largest, out=block)
+                writer.write(name, block.astype(np.dtype(tensor.dtype)))
 
 
 def _dtype(rule: TensorRule) -> str:
