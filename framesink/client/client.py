@@ -10,6 +10,7 @@ from framesink.client.link import SessionLink
 from framesink.client.session import Session
 from framesink.client.settings import SessionSettings
 from framesink.client.wire import require_parameters
+from framesink.runtime.errors import SessionClosedError
 
 
 class SessionParameters(TypedDict, total=False):
@@ -40,6 +41,7 @@ class Client:
         self._connection = connection
         self._links: weakref.WeakSet[SessionLink] = weakref.WeakSet()
         self._opening = threading.Lock()
+        self._closed = False
 
     def ready(self) -> bool:
         """Whether the server takes sessions now. Raises ServerGoneError if nobody answers."""
@@ -68,6 +70,8 @@ class Client:
         if query is not None:
             given["query"] = query
         require_parameters(given)
+        if self._closed:
+            raise SessionClosedError("The client was closed; connect again.")
         link = SessionLink(self._connection, settings or SessionSettings(), given)
         with self._opening:
             self._links.add(link)
@@ -75,6 +79,7 @@ class Client:
 
     def close(self) -> None:
         """Close all sessions and the connection."""
+        self._closed = True
         with self._opening:
             links = list(self._links)
         for link in links:

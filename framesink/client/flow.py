@@ -26,7 +26,7 @@ class Flow:
         self._max_events = max_events
         self._taken = 0
         self._events: deque[tuple[Event, bool]] = deque()
-        self._ended = self._paused = False
+        self._ended = self._for_good = self._paused = False
         self._failure: Exception | None = None
         self._changed = threading.Condition()
         self._waiters: list[_Waiter] = []
@@ -74,10 +74,9 @@ class Flow:
             self._paused = True
 
     def resume(self) -> None:
-        """Give places again, and take events again if it had ended."""
+        """Give places again."""
         with self._changed:
-            self._paused = self._ended = False
-            self._failure = None
+            self._paused = False
             self._notify()
 
     # Events.
@@ -107,12 +106,22 @@ class Flow:
             self._notify()
             return event
 
-    def end(self, failure: Exception | None = None) -> None:
-        """No more events come. What waits can still be read; then `failure` is raised."""
+    def end(self, failure: Exception | None = None, *, for_good: bool = False) -> None:
+        """No more events come. What waits can still be read; then `failure` is raised.
+
+        After an end `for_good` nothing opens it again.
+        """
         with self._changed:
+            self._for_good |= for_good
             if not self._ended:
                 self._ended, self._failure = True, failure
             self._notify()
+
+    def reopen(self) -> None:
+        """Take events again."""
+        with self._changed:
+            if not self._for_good:
+                self._ended, self._failure = False, None
 
     # Waiting.
 

@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 
@@ -22,7 +22,13 @@ from framesink.client.errors import (
 )
 from framesink.client.flow import Flow
 from framesink.client.frames import OutgoingChunk
-from framesink.client.replies import Pending, Replies
+from framesink.client.replies import (
+    Pending,
+    Replies,
+    describe_loss,
+    may_be_sent_again,
+    places,
+)
 from framesink.client.settings import SessionSettings
 from framesink.client.stream import RequestStream
 from framesink.client.transcript import Transcript
@@ -116,14 +122,16 @@ class SessionLink:
         """Give up what is under way; no event of it comes any more. After `finish` that is all."""
         if self._finishing:
             self.close()
-        else:
-            self._drop()
+            return
+        self._drop()
+        with suppress(ClientError):  # or else the server would take the client for gone, and wait
+            self._connection.require_session(self.settings.model, self.sequence_id)
 
     def _drop(self) -> None:
         with self._lock:
             stream, self._stream = self._stream, None
             given_up = self._take_pending()
-        self.flow.return_places(_places(given_up))
+        self.flow.return_places(places(given_up))
         if stream is not None:
             stream.cancel()
             stream.join(_JOIN_SECONDS)
@@ -137,7 +145,7 @@ class SessionLink:
             over = self.flow.ended
         if not over:
             self._end_on_server()
-        self.flow.end()
+        self.flow.end(for_good=True)
         self._drop()
 
     def resume(self) -> None:
@@ -149,6 +157,7 @@ class SessionLink:
             if not self.flow.ended:
                 return
             self._finishing = False
+            self.flow.pause()
         self._reattach(time.monotonic(), time.monotonic() + self.settings.reconnect_seconds, [])
 
     # In: called by the stream's thread.
@@ -198,10 +207,10 @@ class SessionLink:
             if self.settings.reconnect_seconds <= 0 or isinstance(cause, ResponseError):
                 raise cause
             self._reattach(now, now + self.settings.reconnect_seconds, lost)
-        except FramesinkError as failure:
+        except Exception as failure:  # handed to the reader, who can act on it
             with self._lock:
                 lost += self._take_pending()
-            self.flow.return_places(_places(lost))
+            self.flow.return_places(places(lost))
             self.flow.end(None if self._closing.is_set() else failure)
 
     def _refused(self, stream: RequestStream, pending: Pending, sentence: str) -> None:
@@ -281,28 +290,27 @@ class SessionLink:
         if self._closing.is_set():
             self._end_on_server()  # perhaps another one than `close` has ended
             raise SessionClosedError("The session was closed.")
+        again = [pending for pending in lost if may_be_sent_again(pending, anew)]
+        gone = [p for p in lost if p not in again and p.request.chunk is not None]
+        self.flow.reopen()
+        self.flow.return_places(places(gone))
+        if anew or gone:
+            text = describe_loss(time.monotonic() - since, anew, gone)
+            self.flow.put(self._replies.notice(text, lost))
         with self._lock:
-            again = [pending for pending in lost if _may_be_sent_again(pending, anew)]
-            gone = [p for p in lost if p not in again and p.request.chunk is not None]
-            notice = None
-            if anew or gone:
-                notice = self._replies.notice(_loss(time.monotonic() - since, anew, gone), lost)
-            self._heard_at = time.monotonic()
-            waiting, self._waiting = self._waiting, []
-            self.flow.resume()
             if anew:
                 self._replies.begin_anew()
-                asked = [pending.request.question for pending in again + waiting]
-                for text in self._unanswered:
-                    if text not in asked:
-                        self._send(Pending(self._request(question=text), time.monotonic()))
+            self._heard_at = time.monotonic()
+            self.flow.resume()
+            waiting, self._waiting = self._waiting, []
+            asked = [pending.request.question for pending in again + waiting]
+            for text in self._unanswered if anew else ():
+                if text not in asked:
+                    self._send(Pending(self._request(question=text), time.monotonic()))
             for pending in again:
                 pending.resent = True
             for pending in again + waiting:
                 self._send(pending)
-        self.flow.return_places(_places(gone))
-        if notice is not None:
-            self.flow.put(notice)
 
     def _find_session(self) -> bool:
         """Whether the session is a new one. Raises ServerUnavailableError, RefusedError."""
@@ -397,29 +405,3 @@ def backlog(waited: float) -> BacklogError:
         f"No chunk under way was answered and read within {waited:g} s; read the session's events, "
         "or push less."
     )
-
-
-def _places(requests: Sequence[Pending]) -> int:
-    return sum(pending.holds_place for pending in requests)
-
-
-def _may_be_sent_again(pending: Pending, anew: bool) -> bool:
-    """Whether a request whose fate is unknown does more good than harm when it comes twice.
-
-    An old session may have taken the chunk. A new one has taken nothing, but a request that was
-    lost twice may be what brings the server down.
-    """
-    if pending.request.chunk is None:
-        return True
-    return anew and pending.heard_at is None and not pending.resent
-
-
-def _loss(seconds: float, anew: bool, gone: list[Pending]) -> str:
-    found = (
-        "the server had lost the session, so a new one goes on from the words of the old, without "
-        "what it saw"
-        if anew
-        else "the session goes on"
-    )
-    missing = f"; {len(gone)} chunks have no full reply" if gone else ""
-    return f"The connection was lost and is back after {seconds:.1f} s: {found}{missing}."

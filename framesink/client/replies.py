@@ -73,3 +73,31 @@ class Replies:
             lag=now - waiting[-1] if waiting else 0.0,
             final=False,
         )
+
+
+def places(requests: Sequence[Pending]) -> int:
+    """How many places of chunks the requests hold."""
+    return sum(pending.holds_place for pending in requests)
+
+
+def may_be_sent_again(pending: Pending, anew: bool) -> bool:
+    """Whether a request whose fate is unknown does more good than harm when it comes twice.
+
+    An old session may have taken the chunk. A new one has taken nothing, but a request that was
+    lost twice may be what brings the server down.
+    """
+    if pending.request.chunk is None:
+        return True
+    return anew and pending.heard_at is None and not pending.resent
+
+
+def describe_loss(seconds: float, anew: bool, gone: Sequence[Pending]) -> str:
+    """What is told of a connection that was lost for so long; `gone` are chunks it cost."""
+    found = (
+        "the server had lost the session, so a new one goes on from the words of the old, without "
+        "what it saw"
+        if anew
+        else "the session goes on"
+    )
+    missing = f"; {len(gone)} chunks have no full reply" if gone else ""
+    return f"The connection was lost and is back after {seconds:.1f} s: {found}{missing}."
