@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 from types import TracebackType
 
+from framesink.runtime.bundle import Bundle
 from framesink.runtime.errors import BusyError, CapacityError, OptionError
 from framesink.runtime.event_stream import EventStream
 from framesink.runtime.executors.base import Executor
@@ -78,6 +79,7 @@ class StreamingEngine:
         self._opening = threading.Lock()
         self._wake = threading.Event()
         self._stopping = False
+        self._failure: str | None = None
         self._thread: threading.Thread | None = None
         if threaded:
             self._thread = threading.Thread(target=self._work, name="framesink", daemon=True)
@@ -86,7 +88,7 @@ class StreamingEngine:
     @classmethod
     def load(
         cls,
-        directory: Path | str,
+        bundle: Path | str | Bundle,
         executor: str = "auto",
         *,
         max_sessions: int | None = None,
@@ -95,17 +97,16 @@ class StreamingEngine:
         threaded: bool = True,
         observer: EngineObserver | None = None,
     ) -> "StreamingEngine":
-        """An engine for the bundle in `directory`.
+        """An engine for a bundle, opened or by its directory.
 
         `executor` names one or is "auto". `num_pages` sizes the page pool, by default for
         `max_sessions` contexts of full length. `threads` are the executor's CPU threads. Raises
         BundleError for a bundle that is damaged or not for this machine, CapacityError for a pool
         that does not fit it.
         """
-        from framesink.runtime.bundle import Bundle
         from framesink.runtime.executors import create_executor
 
-        bundle = Bundle.open(directory)
+        bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         manifest = bundle.manifest
         limits = manifest.limits
         sessions = min(limits.max_streams, max_sessions or limits.max_streams)
@@ -226,6 +227,11 @@ class StreamingEngine:
             mean_encode_seconds=figures.encode_seconds / encoded,
         )
 
+    @property
+    def failure(self) -> str | None:
+        """What ended the engine's thread, in one sentence; None while it works."""
+        return self._failure
+
     def check_integrity(self) -> None:
         """Recount every page while nothing runs. Raises RuntimeError where a count is wrong."""
         self._pool.check_integrity(self._loop.live_slots())
@@ -305,6 +311,7 @@ class StreamingEngine:
         except BaseException as error:
             _log.exception("The engine's loop failed")
             sentence = f"The engine failed ({type(error).__name__}: {error}); load it again."
+            self._failure = sentence
             self._loop.stop(sentence, failed=True)
 
 

@@ -1,0 +1,159 @@
+"""What a server tells Prometheus about its sessions.
+
+Recording costs a lock and an addition; `flush` hands everything on at once, from a thread that may
+wait. The names, labels and buckets are those the dashboard in docs/grafana reads.
+"""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from framesink.runtime.events import Event, EventKind
+from framesink.runtime.observer import StepReport
+from framesink.runtime.stats import EngineStats
+from framesink.serving.errors import StatusCode
+from framesink.serving.session_end import EndReason
+
+Write = Callable[[float], None]
+
+SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.0, 2.0, 4.0, 8.0, 16.0)
+BATCH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+
+
+class MetricSink(Protocol):
+    """Where metrics go. Each method makes one metric and returns how to write to it."""
+
+    def counter(self, name: str, meaning: str, labels: Mapping[str, str]) -> Write:
+        """A number that grows; a write adds to it."""
+        ...
+
+    def gauge(self, name: str, meaning: str, labels: Mapping[str, str]) -> Write:
+        """A number of now; a write sets it."""
+        ...
+
+    def histogram(self, name: str, meaning: str, buckets: Sequence[float]) -> Write:
+        """A distribution; a write adds an observation."""
+        ...
+
+
+class ServingMetrics:
+    """The metrics of a server. Safe from any thread; also the engine's observer."""
+
+    def __init__(self, sink: MetricSink) -> None:
+        def counter(name: str, meaning: str, **labels: str) -> Write:
+            return sink.counter(f"framesink_{name}_total", meaning, labels)
+
+        def gauge(name: str, meaning: str, **labels: str) -> Write:
+            return sink.gauge(f"framesink_{name}", meaning, labels)
+
+        def histogram(name: str, meaning: str, buckets: Sequence[float] = SECONDS) -> Write:
+            return sink.histogram(f"framesink_{name}", meaning, buckets)
+
+        self._lock = threading.Lock()
+        self._added: dict[Write, float] = {}
+        self._set: dict[Write, float] = {}
+        self._observed: dict[Write, list[float]] = {}
+
+        self._sessions = gauge("sessions", "live sessions")
+        self._pages = {
+            state: gauge("kv_pages", "K/V pages by state", state=state)
+            for state in ("used", "free", "reserved")
+        }
+        self._opened = counter("sessions_opened", "sessions opened")
+        self._ended = {
+            reason: counter("sessions_ended", "sessions ended, by reason", reason=reason.value)
+            for reason in EndReason
+        }
+        self._refused = {
+            code: counter("refusals", "requests refused, by status", code=code.name.lower())
+            for code in StatusCode
+        }
+        self._chunks = counter("chunks", "chunks taken")
+        self._questions = counter("questions", "questions taken")
+        self._dropped = counter("dropped_frames", "frames clients dropped before sending")
+        self._replies = {
+            kind: counter("replies", "replies ended, by kind", kind=kind.value)
+            for kind in EventKind
+        }
+        self._evicted = counter("evicted_tokens", "tokens that left a context")
+        self._tokens = counter("tokens", "tokens written, prompts and replies")
+        self._patches = counter("patches", "ViT patches encoded")
+        self._ttft = histogram("ttft_seconds", "from a chunk's arrival to its reply's first token")
+        self._itl = histogram("itl_seconds", "between tokens of a reply")
+        self._lag = histogram("lag_seconds", "from a chunk's end to the end of its reply")
+        self._step_batch = histogram("step_batch_size", "sequences a step", BATCH_SIZES)
+        self._step_seconds = histogram("step_seconds", "a step of the language model")
+        self._encode_seconds = histogram("encode_seconds", "a chunk in the vision encoder")
+
+    def session_opened(self) -> None:
+        """A session was opened."""
+        self._add(self._opened)
+
+    def session_ended(self, reason: EndReason) -> None:
+        """A session ended, whoever ended it."""
+        self._add(self._ended[reason])
+
+    def refused(self, code: StatusCode) -> None:
+        """A request was refused."""
+        self._add(self._refused[code])
+
+    def chunk_taken(self) -> None:
+        """A chunk waits for its turn."""
+        self._add(self._chunks)
+
+    def question_taken(self) -> None:
+        """A question waits for its turn."""
+        self._add(self._questions)
+
+    def reply_ended(self, event: Event) -> None:
+        """A reply, or a session, ended with this final event."""
+        self._add(self._replies[event.kind])
+        if event.timing is not None:
+            self._observe(self._ttft, event.timing.ttft)
+            self._observe(self._itl, *event.timing.itl)
+            self._observe(self._lag, event.lag)
+
+    def state(self, sessions: int, stats: EngineStats) -> None:
+        """Figures of now."""
+        with self._lock:
+            self._set[self._sessions] = sessions
+            self._set[self._pages["used"]] = stats.pages_used
+            self._set[self._pages["free"]] = stats.pages_total - stats.pages_used
+            self._set[self._pages["reserved"]] = stats.pages_reserved
+
+    def stepped(self, report: StepReport) -> None:
+        """See EngineObserver."""
+        self._add(self._tokens, report.tokens)
+        self._observe(self._step_batch, report.decoding + report.prefilling)
+        self._observe(self._step_seconds, report.seconds)
+
+    def encoded(self, patches: int, seconds: float) -> None:
+        """See EngineObserver."""
+        self._add(self._patches, patches)
+        self._observe(self._encode_seconds, seconds)
+
+    def turn_began(self, session: int, *, evicted_tokens: int, dropped_frames: int) -> None:  # noqa: ARG002
+        """See EngineObserver."""
+        self._add(self._evicted, evicted_tokens)
+        self._add(self._dropped, dropped_frames)
+
+    def flush(self) -> None:
+        """Hand everything recorded since the last time to the sink."""
+        with self._lock:
+            added, self._added = self._added, {}
+            levels, self._set = self._set, {}
+            observed, self._observed = self._observed, {}
+        for write, value in (*added.items(), *levels.items()):
+            write(value)
+        for write, values in observed.items():
+            for value in values:
+                write(value)
+
+    def _add(self, write: Write, value: float = 1.0) -> None:
+        if value:
+            with self._lock:
+                self._added[write] = self._added.get(write, 0.0) + value
+
+    def _observe(self, write: Write, *values: float) -> None:
+        with self._lock:
+            self._observed.setdefault(write, []).extend(values)

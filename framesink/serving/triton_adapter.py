@@ -1,0 +1,190 @@
+"""Between Triton's Python backend and framesink: requests, responses, metrics.
+
+`pb_utils` is the module `triton_python_backend_utils`, which exists only inside the server's model
+processes; it is handed in, so that everything here can be imported anywhere.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from framesink.runtime.arrays import AnyArray
+from framesink.runtime.events import Event
+from framesink.serving import contract
+from framesink.serving.errors import ServingError, StatusCode
+from framesink.serving.metrics import Write
+from framesink.serving.requests import RawRequest
+
+SEQUENCE_START = 1
+SEQUENCE_END = 2
+
+_DTYPES: Mapping[str, Any] = {
+    "BOOL": np.bool_,
+    "UINT8": np.uint8,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "FP32": np.float32,
+    "FP64": np.float64,
+    "BYTES": np.object_,
+}
+
+_log = logging.getLogger(__name__)
+
+
+def read_raw_request(request: Any, model: str) -> RawRequest:
+    """A request of Triton's, copied out of shared memory.
+
+    Raises ServingError for one whose tensors cannot be read.
+    """
+    names = {tensor.name for tensor in contract.model(model).inputs}
+    try:
+        inputs = {
+            tensor.name(): np.array(tensor.as_numpy())
+            for tensor in request.inputs()
+            if tensor.name() in names
+        }
+    except Exception as error:  # damaged BYTES fail in whichever way they are damaged
+        raise ServingError(
+            StatusCode.INVALID_ARGUMENT, "A tensor of the request is damaged."
+        ) from error
+    flags = request.flags()
+    return RawRequest(
+        correlation_id=request.correlation_id(),
+        start=bool(flags & SEQUENCE_START),
+        end=bool(flags & SEQUENCE_END),
+        parameters=request.parameters(),
+        inputs=inputs,
+    )
+
+
+def make_tensor(pb_utils: Any, tensor: contract.Tensor, values: Any) -> Any:
+    """An output tensor of the contract's type."""
+    return pb_utils.Tensor(tensor.name, np.asarray(values, dtype=_DTYPES[tensor.data_type]))
+
+
+def event_tensors(pb_utils: Any, event: Event) -> list[Any]:
+    """The output tensors that carry an event."""
+    values = {
+        contract.TEXT: [event.text.encode()],
+        contract.WORDS: event.words,
+        contract.KIND: [event.kind.value.encode()],
+        contract.VIDEO_SPAN: [event.t0, event.t1],
+        contract.TURN: [event.turn],
+        contract.LAG: [event.lag],
+        contract.FINAL: [event.final],
+        contract.ASKED: [] if event.question is None else [event.question.encode()],
+        contract.TOKENS: event.tokens,
+    }
+    return [make_tensor(pb_utils, tensor, value) for tensor, value in values.items()]
+
+
+def make_error(pb_utils: Any, code: StatusCode, sentence: str) -> Any:
+    """An error of Triton's."""
+    return pb_utils.TritonError(sentence, getattr(pb_utils.TritonError, code.value))
+
+
+def respond(pb_utils: Any, requests: Iterable[Any], model: str, answer: Any) -> list[Any]:
+    """One response for each request of a model that is not decoupled.
+
+    `answer` makes the output tensors of a RawRequest. A request it cannot answer is answered with
+    an error and costs the others nothing.
+    """
+    responses = []
+    for request in requests:
+        try:
+            tensors = answer(read_raw_request(request, model))
+            responses.append(pb_utils.InferenceResponse(output_tensors=tensors))
+        except ServingError as error:
+            refusal = make_error(pb_utils, error.code, str(error))
+            responses.append(pb_utils.InferenceResponse(error=refusal))
+        except Exception as error:  # it is this request's alone
+            _log.exception("A request of %s could not be answered", model)
+            sentence = f"The request could not be answered ({type(error).__name__})."
+            refusal = make_error(pb_utils, StatusCode.INTERNAL, sentence)
+            responses.append(pb_utils.InferenceResponse(error=refusal))
+    return responses
+
+
+class TritonResponder:
+    """See `framesink.serving.responder.Responder`."""
+
+    def __init__(self, pb_utils: Any, request: Any) -> None:
+        self._pb_utils = pb_utils
+        self._sender = request.get_response_sender()
+        self._ended = False
+
+    @property
+    def cancelled(self) -> bool:
+        """See Responder."""
+        return not self._ended and bool(self._sender.is_cancelled())
+
+    def send(self, event: Event, *, last: bool) -> None:
+        """See Responder."""
+        tensors = event_tensors(self._pb_utils, event)
+        self._send(self._pb_utils.InferenceResponse(output_tensors=tensors), last=last)
+
+    def finish(self) -> None:
+        """See Responder."""
+        self._send(None, last=True)
+
+    def fail(self, code: StatusCode, sentence: str) -> None:
+        """See Responder."""
+        error = make_error(self._pb_utils, code, sentence)
+        self._send(self._pb_utils.InferenceResponse(error=error), last=True)
+
+    def _send(self, response: Any, *, last: bool) -> None:
+        if self._ended:
+            return
+        self._ended = last
+        arguments = [] if response is None else [response]
+        flags = self._pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
+        try:
+            self._sender.send(*arguments, flags=flags)
+        except Exception:  # the request is gone in the server, too
+            self._ended = True
+            _log.exception("A response could not be sent")
+
+
+class TritonMetricSink:
+    """See `framesink.serving.metrics.MetricSink`."""
+
+    def __init__(self, pb_utils: Any) -> None:
+        self._pb_utils = pb_utils
+        self._families: dict[str, Any] = {}
+        self._metrics: list[Any] = []  # what is not held here leaves the server's list
+
+    def counter(self, name: str, meaning: str, labels: Mapping[str, str]) -> Write:
+        """See MetricSink."""
+        family = self._family(name, meaning, self._pb_utils.MetricFamily.COUNTER)
+        write: Write = self._keep(family.Metric(labels=dict(labels))).increment
+        return write
+
+    def gauge(self, name: str, meaning: str, labels: Mapping[str, str]) -> Write:
+        """See MetricSink."""
+        family = self._family(name, meaning, self._pb_utils.MetricFamily.GAUGE)
+        write: Write = self._keep(family.Metric(labels=dict(labels))).set
+        return write
+
+    def histogram(self, name: str, meaning: str, buckets: Sequence[float]) -> Write:
+        """See MetricSink."""
+        family = self._family(name, meaning, self._pb_utils.MetricFamily.HISTOGRAM)
+        write: Write = self._keep(family.Metric(labels={}, buckets=list(buckets))).observe
+        return write
+
+    def _family(self, name: str, meaning: str, kind: Any) -> Any:
+        if name not in self._families:
+            self._families[name] = self._pb_utils.MetricFamily(
+                name=name, description=meaning, kind=kind
+            )
+        return self._families[name]
+
+    def _keep(self, metric: Any) -> Any:
+        self._metrics.append(metric)
+        return metric
+
+
+def input_or(raw: RawRequest, tensor: contract.Tensor, default: AnyArray) -> AnyArray:
+    """An input tensor, or `default` where the request has none."""
+    return raw.inputs.get(tensor.name, default)

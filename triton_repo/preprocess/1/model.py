@@ -1,0 +1,23 @@
+"""The Triton model `preprocess`: frames to patches. See framesink.serving.models."""
+
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from framesink.serving.models import PreprocessModel
+
+
+class TritonPythonModel:
+    """What Triton's Python backend looks for."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load."""
+        self._model = PreprocessModel(pb_utils, args["model_config"])
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Answer requests."""
+        return self._model.execute(requests)
+
+    def finalize(self) -> None:
+        """Unload."""
+        self._model.close()
