@@ -16,6 +16,12 @@ from framesink.runtime.models.quantization import (
 from framesink.runtime.models.weights import layer_name
 
 CACHE_FORMATS: Mapping[CacheScheme, NumberFormat] = {CacheScheme.INT8: INT8, CacheScheme.FP8: FP8}
+# How far beyond the largest magnitude that calibration saw numbers are still stored: hours of video
+# hold keys that minutes did not, and one that saturates costs more than all rounding. FP8 rounds
+# relative to the value, so a factor of two costs it nothing. Values gain nothing from headroom in
+# INT8 (docs/accuracy.md).
+KEY_HEADROOM: Mapping[CacheScheme, float] = {CacheScheme.INT8: 1.5, CacheScheme.FP8: 2.0}
+VALUE_HEADROOM: Mapping[CacheScheme, float] = {CacheScheme.INT8: 1.0, CacheScheme.FP8: 2.0}
 
 
 def cache_scales(
@@ -25,18 +31,28 @@ def cache_scales(
 
     K before RoPE and without bias, per channel and per rotary pair; V per head.
     """
-    number_format = CACHE_FORMATS[scheme]
     tensors: dict[str, Float32Array] = {}
     dead = 0
     for index, layer in enumerate(layers):
-        channels, dead_channels = clamp_dead(layer.key_channel_amax)
-        pairs, _ = clamp_dead(layer.key_pair_amax)
-        heads, dead_heads = clamp_dead(layer.value_head_amax)
-        tensors[k_channel_scale(index)] = scale_of(channels, number_format)
-        tensors[k_pair_scale(index)] = scale_of(pairs, number_format)
-        tensors[v_head_scale(index)] = scale_of(heads, number_format)
+        dead_channels = clamp_dead(layer.key_channel_amax)[1]
+        dead_heads = clamp_dead(layer.value_head_amax)[1]
+        tensors[k_channel_scale(index)] = key_scales(layer.key_channel_amax, scheme)
+        tensors[k_pair_scale(index)] = key_scales(layer.key_pair_amax, scheme)
+        tensors[v_head_scale(index)] = value_scales(layer.value_head_amax, scheme)
         dead += dead_channels + dead_heads
     return tensors, dead
+
+
+def key_scales(amax: Float32Array, scheme: CacheScheme) -> Float32Array:
+    """Scales of keys (of channels or of pairs) whose largest magnitudes are `amax`, with headroom;
+    float32 of the same shape."""
+    return _scales(amax, KEY_HEADROOM[scheme], scheme)
+
+
+def value_scales(amax: Float32Array, scheme: CacheScheme) -> Float32Array:
+    """Scales of values whose largest magnitudes are `amax`, with headroom; float32 of the same
+    shape."""
+    return _scales(amax, VALUE_HEADROOM[scheme], scheme)
 
 
 def modelopt_cache_scales(
@@ -50,6 +66,10 @@ def modelopt_cache_scales(
             (f"{attention}.k_proj.k_scale", layer.rotated_key_amax),
             (f"{attention}.v_proj.v_scale", layer.value_amax),
         ):
-            clamped, _ = clamp_dead(np.array(amax, dtype=np.float32))
-            tensors[name] = scale_of(clamped, CACHE_FORMATS[scheme])
+            tensors[name] = _scales(np.array(amax, dtype=np.float32), 1.0, scheme)
     return tensors
+
+
+def _scales(amax: Float32Array, headroom: float, scheme: CacheScheme) -> Float32Array:
+    clamped, _ = clamp_dead(amax)
+    return scale_of(clamped * np.float32(headroom), CACHE_FORMATS[scheme])

@@ -4,7 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from framesink.calibration.cache_scales import CACHE_FORMATS
+from framesink.calibration.cache_scales import (
+    CACHE_FORMATS,
+    KEY_HEADROOM,
+    key_scales,
+    value_scales,
+)
 from framesink.calibration.fake_cache import (
     FakeCache,
     KeyForm,
@@ -61,21 +66,16 @@ def simulate_cache(statistics: Statistics, scheme: CacheScheme) -> FakeCache | N
     """framesink's cache: keys per channel before RoPE without bias, values per head."""
     if scheme is CacheScheme.UNQUANTIZED:
         return None
-    number_format = CACHE_FORMATS[scheme]
     forms = [
-        KeysPerChannel(_scales(layer.key_channel_amax, number_format))
-        for layer in statistics.layers
+        KeysPerChannel(key_scales(layer.key_channel_amax, scheme)) for layer in statistics.layers
     ]
-    return _with_head_values(statistics, number_format, forms)
+    return _with_head_values(statistics, scheme, forms)
 
 
 def simulate_pair_cache(statistics: Statistics, scheme: CacheScheme) -> FakeCache:
     """The form for rotated keys: per rotary pair, without bias; values per head."""
-    number_format = CACHE_FORMATS[scheme]
-    forms = [
-        KeysPerPair(_scales(layer.key_pair_amax, number_format)) for layer in statistics.layers
-    ]
-    return _with_head_values(statistics, number_format, forms)
+    forms = [KeysPerPair(key_scales(layer.key_pair_amax, scheme)) for layer in statistics.layers]
+    return _with_head_values(statistics, scheme, forms)
 
 
 def simulate_rotated_cache(statistics: Statistics, scheme: CacheScheme) -> FakeCache:
@@ -93,22 +93,22 @@ def simulate_biased_cache(
     statistics: Statistics, scheme: CacheScheme, checkpoint: Checkpoint
 ) -> FakeCache:
     """framesink's cache, but with K's bias in what is quantized, for comparison. Each channel's
-    range is that of its keys and its bias together."""
-    number_format = CACHE_FORMATS[scheme]
+    range is that of its keys, with the same headroom, and its bias together."""
+    number_format, headroom = CACHE_FORMATS[scheme], KEY_HEADROOM[scheme]
     forms = []
     for index, layer in enumerate(statistics.layers):
         bias = np.asarray(checkpoint.read(f"{layer_name(index)}.self_attn.k_proj.bias"))
-        low, high = layer.keys.minimum + bias, layer.keys.maximum + bias
+        low, high = layer.keys.minimum * headroom + bias, layer.keys.maximum * headroom + bias
         amax = np.maximum(np.abs(low), np.abs(high)).astype(np.float32)
         forms.append(KeysPerChannelWithBias(_scales(amax, number_format)))
-    return _with_head_values(statistics, number_format, forms)
+    return _with_head_values(statistics, scheme, forms)
 
 
 def _with_head_values(
-    statistics: Statistics, number_format: NumberFormat, forms: Sequence[KeyForm]
+    statistics: Statistics, scheme: CacheScheme, forms: Sequence[KeyForm]
 ) -> FakeCache:
-    values = [_scales(layer.value_head_amax, number_format) for layer in statistics.layers]
-    return FakeCache(number_format, tuple(forms), tuple(values))
+    values = [value_scales(layer.value_head_amax, scheme) for layer in statistics.layers]
+    return FakeCache(CACHE_FORMATS[scheme], tuple(forms), tuple(values))
 
 
 def _scale(amax: float, number_format: NumberFormat) -> float:
