@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from demo.parallel import spread
-from demo.render import write_video
-from demo.world import TRAINING_SEEDS_START, make_scene
+from framesink.build.footage import choose_videos
 from framesink.build.limits import choose_limits
 from framesink.build.options import BuildOptions
 from framesink.build.pipeline import build_bundle
@@ -29,8 +28,6 @@ LINEAR_PRECISIONS: tuple[LinearPrecision, ...] = (
     *("fp16", "fp8", "int8", "int8-weight-only", "int4-weight-only"),
 )
 CACHE_PRECISIONS: tuple[CachePrecision, ...] = ("fp16", "int8", "fp8")
-CALIBRATION_SCENES = 4
-CALIBRATION_SECONDS = 300
 MAX_STREAMS = 8
 
 Scheme = tuple[LinearPrecision, CachePrecision]
@@ -41,17 +38,6 @@ def scheme_name(scheme: Scheme) -> str:
     return f"{scheme[0]}-kv-{scheme[1]}"
 
 
-def write_calibration_videos(folder: Path) -> list[Path]:
-    """Videos of training scenes, `CALIBRATION_SECONDS` each, in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    videos = []
-    for seed in range(TRAINING_SEEDS_START, TRAINING_SEEDS_START + CALIBRATION_SCENES):
-        videos.append(folder / f"{seed}.mp4")
-        if not videos[-1].exists():
-            write_video(make_scene(seed, CALIBRATION_SECONDS), videos[-1])
-    return videos
-
-
 def settings_of(checkpoint: Path) -> StreamSettings:
     """How a build of the demo model streams it."""
     source = read_build_input(checkpoint)
@@ -60,9 +46,11 @@ def settings_of(checkpoint: Path) -> StreamSettings:
     return stream_settings(source, limits)
 
 
-def observe(checkpoint: Path, videos: Sequence[Path], folder: Path) -> Statistics:
-    """What calibration sees of a checkpoint by default; kept in `folder`, and read from there."""
+def observe(checkpoint: Path, folder: Path) -> Statistics:
+    """What a build sees of a checkpoint by default, on the video that it brings; kept in `folder`,
+    and read from there."""
     if not (folder / STATISTICS_NAME).exists():
+        videos = choose_videos((), [checkpoint])
         statistics = observe_streaming(Checkpoint.open(checkpoint), settings_of(checkpoint), videos)
         folder.mkdir(parents=True, exist_ok=True)
         save_statistics(statistics, folder)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from demo.accuracy_bundles import Scheme, build_bundles, observe, write_calibration_videos
+from demo.accuracy_bundles import Scheme, build_bundles, observe
 from demo.held_out import compare_on_scenes
 from demo.scene import Scene
 from demo.world import make_scene
@@ -29,15 +29,10 @@ class Run:
     twin_size: float
 
     @property
-    def videos(self) -> list[Path]:
-        """The calibration videos."""
-        return write_calibration_videos(self.work / "calibration")
-
-    @property
     def statistics(self) -> Path:
-        """What calibration sees of the checkpoint, by default, on those videos."""
+        """The folder of what calibration sees of the checkpoint."""
         folder = self.work / "statistics"
-        observe(self.checkpoint, self.videos, folder)
+        observe(self.checkpoint, folder)
         return folder
 
     def bundles(self, schemes: Sequence[Scheme]) -> dict[Scheme, Path]:

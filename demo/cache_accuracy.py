@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from demo.accuracy_bundles import settings_of
+from demo.accuracy_bundles import observe, settings_of
 from demo.accuracy_run import Run
 from demo.held_out import Result, compare_on_scenes, narrate_scenes, score_replies
 from demo.scene import Scene
@@ -19,12 +19,9 @@ from framesink.calibration.simulation import (
     simulate_rotated_cache,
 )
 from framesink.calibration.statistics import Statistics
-from framesink.calibration.streaming import observe_streaming
 from framesink.calibration.torch_executor import DEFAULT_PAGE_SIZE, TorchExecutor
 from framesink.runtime.models.checkpoint import Checkpoint
 from framesink.runtime.models.quantization import CacheScheme
-
-CALIBRATION_CHUNKS = 128
 
 
 def rows(run: Run) -> Iterator[list[str]]:
@@ -43,8 +40,9 @@ def rows(run: Run) -> Iterator[list[str]]:
     yield ["twin against the model", "16-bit pages", "16bit", *_cells(found)]
     for name, directory in (("model", run.checkpoint), (twin_name, twin)):
 
-        def measure(directory: Path = directory) -> Any:
-            measured = measure_caches(directory, run.videos, settings, run.scenes)
+        def measure(directory: Path = directory, name: str = name) -> Any:
+            seen = run.work / f"statistics-{name}"
+            measured = measure_caches(directory, seen, settings, run.scenes)
             return [[form, scheme, result.to_json()] for form, scheme, result in measured]
 
         for form, scheme, values in run.saved(f"caches-{name}", measure):
@@ -77,20 +75,23 @@ def cache_forms(
 
 def measure_caches(
     directory: Path,
-    videos: Sequence[Path],
+    statistics: Path,
     settings: StreamSettings,
     scenes: Sequence[Scene],
 ) -> Iterator[tuple[str, str, Result]]:
-    """Form, format and result of each way to store keys, against 16-bit pages."""
+    """Form, format and result of each way to store keys, against 16-bit pages.
+
+    What calibration sees of the checkpoint in `directory` is kept in `statistics`.
+    """
     checkpoint = Checkpoint.open(directory)
-    statistics = observe_streaming(checkpoint, settings, videos, chunks=CALIBRATION_CHUNKS)
+    observed = observe(directory, statistics)
     pages = settings.num_pages(DEFAULT_PAGE_SIZE)
 
     def executor(cache: FakeCache | None) -> TorchExecutor:
         numerics = FakeQuantization({}, cache)
         return TorchExecutor(checkpoint, num_pages=pages, numerics=numerics)
 
-    forms = {(form, scheme): cache for form, scheme, cache in cache_forms(checkpoint, statistics)}
+    forms = {(form, scheme): cache for form, scheme, cache in cache_forms(checkpoint, observed)}
     candidates = {f"{form}, {scheme}": executor(cache) for (form, scheme), cache in forms.items()}
     turns = compare_on_scenes(executor(None), candidates, settings, scenes)
     for (form, scheme), (name, candidate) in zip(forms, candidates.items(), strict=True):

@@ -1,5 +1,6 @@
 """Draws scenes of the demo world with OpenCV: frames for training, and real video files."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -97,15 +98,21 @@ def render_chunks(
 
 def write_video(scene: Scene, path: Path, *, size: int = 336, fps: int = 8) -> None:
     """Write the whole scene as an MP4 file. `fps` must be even. Raises VideoError if it cannot."""
+    write_scenes([scene], path, size=size, fps=fps)
+
+
+def write_scenes(scenes: Sequence[Scene], path: Path, *, size: int, fps: int) -> None:
+    """Write scenes one after another as one MP4 file; see `write_video`."""
     if fps % STEPS_PER_CHUNK:
         raise VideoError(f"{fps} frames a second do not meet the half seconds; use an even number.")
-    renderer = Renderer(scene, size)
     fourcc = cv2.VideoWriter.fourcc(*"mp4v")
     writer = cv2.VideoWriter(str(path), fourcc, float(fps), (size, size))
     if not writer.isOpened():
         raise VideoError(f"OpenCV cannot write {path}; check the folder and OpenCV's codecs.")
-    for index in range(scene.seconds * fps):
-        writer.write(cv2.cvtColor(renderer.frame(index / fps), cv2.COLOR_RGB2BGR))
+    for scene in scenes:
+        renderer = Renderer(scene, size)
+        for index in range(scene.seconds * fps):
+            writer.write(cv2.cvtColor(renderer.frame(index / fps), cv2.COLOR_RGB2BGR))
     writer.release()
 
 
