@@ -9,13 +9,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from framesink.runtime.arrays import BoolArray, Float32Array
-from framesink.runtime.detokenizer import Detokenizer
 from framesink.runtime.event_stream import EventStream
-from framesink.runtime.events import Event, EventKind
+from framesink.runtime.events import EventKind
 from framesink.runtime.executors.base import SequenceInput
-from framesink.runtime.kv.positions import text_span, vision_span
+from framesink.runtime.kv.positions import text_span
 from framesink.runtime.kv.sequence_cache import SequenceCache
-from framesink.runtime.kv.span import PREFIX_TURN, Span, SpanKind, SpanPart
+from framesink.runtime.kv.span import PREFIX_TURN, SpanKind, SpanPart
 from framesink.runtime.models.config import ModelConfig
 from framesink.runtime.observer import EngineObserver
 from framesink.runtime.policies import Policy, TurnProfile
@@ -23,9 +22,10 @@ from framesink.runtime.prefix import Prefix
 from framesink.runtime.protocol import ChatProtocol
 from framesink.runtime.reply import Reply
 from framesink.runtime.sampler import Sampler
-from framesink.runtime.session_input import PreparedChunk, SessionInput, TurnInput
+from framesink.runtime.session_input import PreparedChunk, SessionInput
 from framesink.runtime.stats import SessionStats
 from framesink.runtime.turn import Turn
+from framesink.runtime.turn_builder import TurnBuilder
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,6 @@ class Sequence:
         self.ended = False
         self._options = options
         self._sampler = sampler
-        self._model = model
         self._protocol = protocol
         self._source = source
         self._events = events
@@ -77,11 +76,14 @@ class Sequence:
         self._restoring = False
         self._opened_at = time.monotonic()
         self._turn: Turn | None = None
-        self._turns = 0
         self._decoding = False
         self._seen: BoolArray | None = None
-        self._last_times = (0.0, 0.0)
-        self._dropping = False
+        self._builder = TurnBuilder(
+            model,
+            protocol,
+            chunk_seconds=options.profile.chunk_seconds,
+            first_query=options.first_query,
+        )
 
     # What the engine asks.
 
@@ -137,20 +139,26 @@ class Sequence:
         given = self._source.take()
         if given is None:
             return False
-        turn = self._turn = self._new_turn(given)
-        self._announce_drops(given.chunk)
+        turn = self._turn = self._builder.begin(given)
+        notice = self._builder.notice_of_drops(turn)
+        if notice is not None:
+            self._events.put(notice)
         options = self._options
         kept = options.policy.select(self.cache.spans, turn.number, options.profile)
         evicted = self.cache.replace(kept)
         question = given.question.tokens if given.question else ()
-        for span in self._turn_spans(turn, question):
+        for span in self._builder.spans(turn, question):
             self.cache.append(span)
         if given.chunk is not None and given.chunk.encoded:
             self.encoded(given.chunk.content)
         questions = (span for span in self.cache.spans if span.kind is SpanKind.QUESTION)
         self._source.set_context_questions(sum(len(span) for span in questions))
-        self.stats = replace(self.stats, evicted_tokens=self.stats.evicted_tokens + evicted)
         dropped = given.chunk.dropped if given.chunk else 0
+        self.stats = replace(
+            self.stats,
+            evicted_tokens=self.stats.evicted_tokens + evicted,
+            dropped_frames=self.stats.dropped_frames + dropped,
+        )
         self._observer.turn_began(self.number, evicted_tokens=evicted, dropped_frames=dropped)
         return True
 
@@ -212,13 +220,7 @@ class Sequence:
         """End with an error event."""
         if self.ended:
             return
-        now = time.monotonic()
-        if self._turn is not None:
-            event = self._turn.event(EventKind.ERROR, sentence, now, final=True)
-        else:
-            t0, t1 = self._last_times
-            event = Event(EventKind.ERROR, sentence, t0, t1, self._turns, 0.0, final=True)
-        self._events.put(event)
+        self._events.put(self._builder.error(self._turn, sentence))
         self.end(f"The session ended with an error: {sentence}")
 
     def end(self, reason: str) -> None:
@@ -260,68 +262,6 @@ class Sequence:
         if self.cache.unwritten == 0:
             self.cache.adopt(self.prefix.cache.spans[-1:])
             self._restoring = False
-
-    def _new_turn(self, given: TurnInput) -> Turn:
-        chunk, question = given.chunk, given.question
-        length = self._options.profile.chunk_seconds
-        if chunk is not None:
-            self._last_times = (chunk.t0, chunk.t1)
-            captured_at, handed_at = chunk.captured_at, chunk.handed_at
-        else:
-            captured_at = handed_at = question.asked_at if question else time.monotonic()
-        number, self._turns = self._turns, self._turns + 1
-        return Turn(
-            number=number,
-            t0=self._last_times[0],
-            t1=self._last_times[1],
-            captured_at=captured_at,
-            handed_at=handed_at,
-            deadline=captured_at + length,
-            question=question.text if question else None,
-            chunk=chunk,
-            reply=Reply(self._protocol.reply_closing),
-            detokenizer=Detokenizer(self._protocol.tokenizer),
-        )
-
-    def _announce_drops(self, chunk: PreparedChunk | None) -> None:
-        """Say so when frames begin to be dropped."""
-        if chunk is None:
-            return
-        self.stats = replace(self.stats, dropped_frames=self.stats.dropped_frames + chunk.dropped)
-        if chunk.dropped and not self._dropping:
-            sentence = (
-                f"{chunk.dropped} frames between {chunk.t0:.1f} s and {chunk.t1:.1f} s of video "
-                "were dropped because inference is late."
-            )
-            now = time.monotonic()
-            self._events.put(self._current.event(EventKind.DEGRADED, sentence, now))
-        self._dropping = chunk.dropped > 0
-
-    def _turn_spans(self, turn: Turn, question: tuple[int, ...]) -> list[Span]:
-        protocol, number = self._protocol, turn.number
-        spans = [
-            text_span(SpanKind.USER, SpanPart.OPEN, number, protocol.user_open),
-            text_span(SpanKind.USER, SpanPart.TIME, number, protocol.time_text(turn.t0, turn.t1)),
-        ]
-        if turn.chunk is not None:
-            spans.append(self._vision_span(turn, turn.chunk))
-        for tokens in (self._options.first_query if number == 0 else (), question):
-            if tokens:
-                spans.append(text_span(SpanKind.QUESTION, SpanPart.BODY, number, tokens))
-        spans.append(text_span(SpanKind.USER, SpanPart.CLOSE, number, protocol.turn_close))
-        spans.append(text_span(SpanKind.REPLY, SpanPart.OPEN, number, protocol.reply_open))
-        return spans
-
-    def _vision_span(self, turn: Turn, chunk: PreparedChunk) -> Span:
-        vision = self._model.vision
-        seconds_per_step = vision.temporal_patch_size * (chunk.t1 - chunk.t0) / chunk.frames
-        return vision_span(
-            turn.number,
-            self._protocol.vision(chunk.grid.tokens(vision.spatial_merge_size)),
-            chunk.grid,
-            merge_size=vision.spatial_merge_size,
-            time_step=seconds_per_step * vision.tokens_per_second,
-        )
 
     def _sample(self, logits: Float32Array) -> int:
         return self._sampler.sample(logits, self._seen_tokens(logits.size))
