@@ -6,26 +6,22 @@ from pathlib import Path
 from types import TracebackType
 
 from framesink.runtime.bundle import Bundle
-from framesink.runtime.errors import BusyError, CapacityError, OptionError
+from framesink.runtime.errors import BusyError, OptionError
 from framesink.runtime.event_stream import EventStream
 from framesink.runtime.executors.base import Executor
-from framesink.runtime.kv.page_pool import PagePool
-from framesink.runtime.kv.sequence_cache import SequenceCache
 from framesink.runtime.manifest import Limits, StreamingDefaults
 from framesink.runtime.models.config import ModelConfig
 from framesink.runtime.observer import EngineObserver, NullObserver
+from framesink.runtime.paged_worker import PagedWorker
 from framesink.runtime.policies import Policy
-from framesink.runtime.prefix import PrefixCache
 from framesink.runtime.preprocess import PreprocessConfig
 from framesink.runtime.protocol import ChatProtocol
-from framesink.runtime.sampler import Sampler, SamplingParams
-from framesink.runtime.scheduler import Scheduler
-from framesink.runtime.sequence import Sequence, SequenceOptions
+from framesink.runtime.sampler import SamplingParams
 from framesink.runtime.session import Session
 from framesink.runtime.session_input import SessionInput
 from framesink.runtime.session_plan import QueryPlacement, SessionPlan, default_policy, plan_session
 from framesink.runtime.stats import EngineStats
-from framesink.runtime.step_loop import StepLoop
+from framesink.runtime.worker import Work, Worker
 
 _log = logging.getLogger(__name__)
 
@@ -58,23 +54,16 @@ class StreamingEngine:
         """
         self.threaded = threaded
         self.executor_reason = executor_reason
-        self.executor = executor
+        self._executor = executor
         self.model = model
         self.protocol = protocol
         self.preprocess = preprocess
         self.defaults = defaults
         self.limits = limits
         self.max_sessions = min(limits.max_streams, max_sessions or limits.max_streams)
-        self._pool = PagePool(executor.num_pages, executor.page_size)
-        self._prefixes = PrefixCache(self._pool)
-        scheduler = Scheduler(
-            prefill_budget=limits.max_prefill,
-            max_part=limits.max_prefill,
-            max_batch=limits.max_streams,
-            patch_budget=limits.max_patches,
+        self._worker: Worker = PagedWorker(
+            executor, model, protocol, limits, observer or NullObserver()
         )
-        self._observer = observer or NullObserver()
-        self._loop = StepLoop(executor, self._prefixes, scheduler, self._observer)
         self._numbers = 0
         self._opening = threading.Lock()
         self._wake = threading.Event()
@@ -163,7 +152,7 @@ class StreamingEngine:
             protocol=self.protocol,
             model=self.model,
             limits=self.limits,
-            page_size=self.executor.page_size,
+            page_size=self._worker.page_size,
             chunk_seconds=defaults.chunk_seconds if chunk_seconds is None else chunk_seconds,
             max_new_tokens=defaults.max_new_tokens if max_new_tokens is None else max_new_tokens,
             max_patches=self.limits.max_patches if max_patches is None else max_patches,
@@ -172,14 +161,14 @@ class StreamingEngine:
         source = SessionInput(max_pending_chunks, plan.profile.question_rows, wake=self._wake.set)
         source.set_context_questions(len(plan.first_query))
         events = EventStream()
-        sequence = self._admit(plan, sampling or default_sampling(defaults), source, events)
+        work = self._admit(plan, sampling or default_sampling(defaults), source, events)
         self._wake.set()
         return Session(
-            sequence.number,
+            work.number,
             driver=self,
             source=source,
             events=events,
-            read_stats=lambda: sequence.stats,
+            read_stats=lambda: work.stats,
             protocol=self.protocol,
             preprocess=self.preprocess,
             hidden_size=self.model.text.hidden_size,
@@ -195,37 +184,28 @@ class StreamingEngine:
         if self.threaded:
             raise OptionError("This engine has a thread of its own; open it with threaded=False.")
         worked = False
-        while self._loop.run_once():
-            worked = True
-        return worked
+        while True:
+            self._wake.clear()
+            if self._worker.run_once():
+                worked = True
+            elif (patience := self._worker.patience()) is not None:
+                self._wake.wait(patience)
+            else:
+                return worked
 
     def retire(self, number: int, *, wait: bool = True) -> None:
         """End a session and free its pages; with `wait` they are free when this returns."""
-        self._loop.retire(number)
+        self._worker.retire(number)
         if self.threaded:
             self._wake.set()
             if wait:
-                self._loop.wait_until_gone(number)
+                self._worker.wait_until_gone(number)
         else:
-            self._loop.run_retirements()
+            self._worker.run_retirements()
 
     def stats(self) -> EngineStats:
         """Figures of now."""
-        figures, pool = self._loop.figures, self._pool
-        steps, encoded = max(1, figures.steps), max(1, figures.encoded)
-        return EngineStats(
-            sessions=self._loop.sessions,
-            pages_used=pool.used,
-            pages_reserved=pool.capacity - pool.unreserved,
-            pages_total=pool.capacity,
-            steps=figures.steps,
-            tokens=figures.tokens,
-            encoded_chunks=figures.encoded,
-            mean_batch=figures.shares / steps,
-            mean_step_seconds=figures.step_seconds / steps,
-            last_step_seconds=figures.last_step_seconds,
-            mean_encode_seconds=figures.encode_seconds / encoded,
-        )
+        return self._worker.stats()
 
     @property
     def failure(self) -> str | None:
@@ -234,7 +214,7 @@ class StreamingEngine:
 
     def check_integrity(self) -> None:
         """Recount every page while nothing runs. Raises RuntimeError where a count is wrong."""
-        self._pool.check_integrity(self._loop.live_slots())
+        self._worker.check_integrity()
 
     def close(self) -> None:
         """End every session, stop the thread and free the executor. May be called again."""
@@ -244,8 +224,8 @@ class StreamingEngine:
         self._wake.set()
         if self._thread is not None:
             self._thread.join()
-        self._loop.stop("The engine was closed.", failed=False)
-        self.executor.close()
+        self._worker.stop("The engine was closed.", failed=False)
+        self._executor.close()
 
     def __enter__(self) -> "StreamingEngine":
         return self
@@ -264,55 +244,29 @@ class StreamingEngine:
         sampling: SamplingParams,
         source: SessionInput,
         events: EventStream,
-    ) -> Sequence:
+    ) -> Work:
         """Reserve all a session can need, or raise CapacityError and leave nothing behind."""
         with self._opening:
-            if self._loop.sessions >= self.max_sessions:
+            if self._worker.sessions >= self.max_sessions:
                 raise BusyError(
                     f"{self.max_sessions} sessions are open, the most this engine serves at once; "
                     "close one first."
                 )
-            reservation = self._pool.reserve(plan.pages, "A session of this policy")
-            try:
-                prefix = self._prefixes.acquire(plan.prefix)
-            except CapacityError:
-                self._pool.cancel(reservation)
-                raise
             self._numbers += 1
-            options = SequenceOptions(
-                plan.policy,
-                plan.profile,
-                plan.max_new_tokens,
-                plan.first_query,
-                plan.previous_words,
-            )
-            sequence = Sequence(
-                self._numbers,
-                cache=SequenceCache(self._pool, reservation),
-                prefix=prefix,
-                options=options,
-                sampler=Sampler(sampling, self.protocol.suppressed_tokens),
-                model=self.model,
-                protocol=self.protocol,
-                source=source,
-                events=events,
-                observer=self._observer,
-            )
-            self._loop.add(sequence)
-            return sequence
+            return self._worker.admit(self._numbers, plan, sampling, source, events)
 
     def _work(self) -> None:
         """The engine's thread."""
         try:
             while not self._stopping:
                 self._wake.clear()
-                if not self._loop.run_once():
-                    self._wake.wait()
+                if not self._worker.run_once():
+                    self._wake.wait(self._worker.patience())
         except BaseException as error:
             _log.exception("The engine's loop failed")
             sentence = f"The engine failed ({type(error).__name__}: {error}); load it again."
             self._failure = sentence
-            self._loop.stop(sentence, failed=True)
+            self._worker.stop(sentence, failed=True)
 
 
 def default_sampling(defaults: StreamingDefaults) -> SamplingParams:

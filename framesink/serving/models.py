@@ -172,7 +172,7 @@ class LanguageModel:
             EngineReport(
                 executor_reason=engine.executor_reason,
                 max_sessions=engine.max_sessions,
-                num_pages=engine.executor.num_pages,
+                num_pages=engine.stats().pages_total,
                 process=os.getpid(),
             )
         )

@@ -1,0 +1,135 @@
+"""Work over pages: K/V rows stay where they were written, and steps are shared by all sessions."""
+
+from framesink.runtime.errors import CapacityError
+from framesink.runtime.event_stream import EventStream
+from framesink.runtime.executors.base import Executor
+from framesink.runtime.kv.page_pool import PagePool
+from framesink.runtime.kv.sequence_cache import SequenceCache
+from framesink.runtime.manifest import Limits
+from framesink.runtime.models.config import ModelConfig
+from framesink.runtime.observer import EngineObserver
+from framesink.runtime.prefix import PrefixCache
+from framesink.runtime.protocol import ChatProtocol
+from framesink.runtime.sampler import Sampler, SamplingParams
+from framesink.runtime.scheduler import Scheduler
+from framesink.runtime.sequence import Sequence, SequenceOptions
+from framesink.runtime.session_input import SessionInput
+from framesink.runtime.session_plan import SessionPlan
+from framesink.runtime.stats import EngineStats
+from framesink.runtime.step_loop import StepLoop
+
+
+class PagedWorker:
+    """One executor, one page pool, one loop. See `framesink.runtime.worker.Worker`."""
+
+    takes_frames = False
+
+    def __init__(
+        self,
+        executor: Executor,
+        model: ModelConfig,
+        protocol: ChatProtocol,
+        limits: Limits,
+        observer: EngineObserver,
+    ) -> None:
+        self.page_size = executor.page_size
+        self._model = model
+        self._protocol = protocol
+        self._observer = observer
+        self._pool = PagePool(executor.num_pages, executor.page_size)
+        self._prefixes = PrefixCache(self._pool)
+        scheduler = Scheduler(
+            prefill_budget=limits.max_prefill,
+            max_part=limits.max_prefill,
+            max_batch=limits.max_streams,
+            patch_budget=limits.max_patches,
+        )
+        self._loop = StepLoop(executor, self._prefixes, scheduler, observer)
+
+    @property
+    def sessions(self) -> int:
+        """See Worker."""
+        return self._loop.sessions
+
+    def admit(
+        self,
+        number: int,
+        plan: SessionPlan,
+        sampling: SamplingParams,
+        source: SessionInput,
+        events: EventStream,
+    ) -> Sequence:
+        """Reserve all a session can need, or raise CapacityError and leave nothing behind."""
+        reservation = self._pool.reserve(plan.pages, "A session of this policy")
+        try:
+            prefix = self._prefixes.acquire(plan.prefix)
+        except CapacityError:
+            self._pool.cancel(reservation)
+            raise
+        options = SequenceOptions(
+            plan.policy,
+            plan.profile,
+            plan.max_new_tokens,
+            plan.first_query,
+            plan.previous_words,
+        )
+        sequence = Sequence(
+            number,
+            cache=SequenceCache(self._pool, reservation),
+            prefix=prefix,
+            options=options,
+            sampler=Sampler(sampling, self._protocol.suppressed_tokens),
+            model=self._model,
+            protocol=self._protocol,
+            source=source,
+            events=events,
+            observer=self._observer,
+        )
+        self._loop.add(sequence)
+        return sequence
+
+    def run_once(self) -> bool:
+        """See Worker."""
+        return self._loop.run_once()
+
+    def patience(self) -> float | None:
+        """See Worker: all work is done in `run_once`."""
+        return None
+
+    def retire(self, number: int) -> None:
+        """See Worker."""
+        self._loop.retire(number)
+
+    def run_retirements(self) -> None:
+        """See Worker."""
+        self._loop.run_retirements()
+
+    def wait_until_gone(self, number: int) -> None:
+        """See Worker."""
+        self._loop.wait_until_gone(number)
+
+    def stop(self, reason: str, *, failed: bool) -> None:
+        """See Worker."""
+        self._loop.stop(reason, failed=failed)
+
+    def stats(self) -> EngineStats:
+        """See Worker."""
+        figures, pool = self._loop.figures, self._pool
+        steps, encoded = max(1, figures.steps), max(1, figures.encoded)
+        return EngineStats(
+            sessions=self._loop.sessions,
+            pages_used=pool.used,
+            pages_reserved=pool.capacity - pool.unreserved,
+            pages_total=pool.capacity,
+            steps=figures.steps,
+            tokens=figures.tokens,
+            encoded_chunks=figures.encoded,
+            mean_batch=figures.shares / steps,
+            mean_step_seconds=figures.step_seconds / steps,
+            last_step_seconds=figures.last_step_seconds,
+            mean_encode_seconds=figures.encode_seconds / encoded,
+        )
+
+    def check_integrity(self) -> None:
+        """See Worker: every page is recounted."""
+        self._pool.check_integrity(self._loop.live_slots())
