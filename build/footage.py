@@ -60,10 +60,10 @@ class Footage:
 
         Reading them raises VideoError for a video that cannot be read.
         """
-        streams = open_streams(self.videos, preprocess, chunk_seconds)
+        streams = open_streams(self.videos, preprocess, chunk_seconds, starts=self.calibrated)
         return [
-            _from_zero(islice(stream, start, start + count))
-            for stream, start, count in zip(streams, self.calibrated, self.judged, strict=True)
+            _from_zero(islice(stream, count))
+            for stream, count in zip(streams, self.judged, strict=True)
             if count
         ]
 
@@ -100,6 +100,8 @@ def divide_footage(
     Raises VideoError for a video that cannot be read, and for videos that leave less than
     calibration or judging need at least.
     """
+    if not videos:
+        return Footage((), (calibrate,), (judge,))  # the generated scene has no end
     streams = open_streams(videos, preprocess, chunk_seconds)
     calibrated, judged = share_out(streams, calibrate, judge, on_progress)
     needed = min(DEFAULT_MINIMUM_CHUNKS, calibrate)

@@ -137,6 +137,11 @@ class _Build:
                 statistics = calibrate(
                     self.source, self.options, self.limits, self.videos, footage, self.reporter
                 )
+            if statistics.constant_channels:
+                self.notes.append(
+                    f"{statistics.constant_channels} channels of inputs and keys never changed on "
+                    "the calibration video; is it a still picture?"
+                )
         if self.options.compare and statistics is not None and footage is not None:
             with self._stage("compare precisions"):
                 self.accuracy = compare(

@@ -5,13 +5,13 @@ from importlib.util import find_spec
 
 from framesink.build.device import INSTALL_HINT, check_device
 from framesink.build.gate import DEFAULT_GATE, QualityGate
-from framesink.build.options import BuildOptions
+from framesink.build.options import BuildOptions, ObserverName
 from framesink.build.precision import check_agreement
 from framesink.build.quality import open_reference
 from framesink.build.source import BuildInput
 from framesink.calibration.quantize import needs_statistics
 from framesink.calibration.recipe import Recipe
-from framesink.runtime.errors import BuildError
+from framesink.runtime.errors import BuildError, OptionError
 from framesink.runtime.models.quantization import (
     CacheScheme,
     LinearScheme,
@@ -36,8 +36,8 @@ def plan_quantization(options: BuildOptions, source: BuildInput) -> Quantization
     """Decide what to quantize from the options and the checkpoint.
 
     Raises BuildError for options that contradict a checkpoint quantized already or each other, and
-    if torch is missing where it is needed; OptionError for a recipe or device that cannot be used;
-    and what `open_reference` raises for a `gate_checkpoint` that is none.
+    if torch is missing where it is needed; OptionError for a recipe, observer or device that cannot
+    be used; and what `open_reference` raises for a `gate_checkpoint` that is none.
     """
     if not options.judge and (options.gate is not None or options.gate_checkpoint is not None):
         raise BuildError("--no-gate contradicts --gate and --gate-checkpoint; leave one out.")
@@ -50,6 +50,8 @@ def plan_quantization(options: BuildOptions, source: BuildInput) -> Quantization
     elif options.observer is not None:
         raise BuildError("--observer has no effect where nothing is quantized; leave it out.")
     quantization = found or (recipe.resolve(config) if recipe else Quantization())
+    if recipe is not None and options.observer is not None and not options.compare:
+        _check_observer(options.observer, quantization)
     gate, notes = _choose_gate(options, quantization, already=found is not None)
     if gate is not None and options.gate_checkpoint is not None:
         open_reference(options.gate_checkpoint, config)
@@ -66,6 +68,15 @@ def plan_quantization(options: BuildOptions, source: BuildInput) -> Quantization
             f"The quality gate needs torch; install it with {INSTALL_HINT}, or pass --no-gate."
         )
     return QuantizationPlan(quantization, recipe, calibrate, gate, notes)
+
+
+def _check_observer(observer: ObserverName, quantization: Quantization) -> None:
+    """SmoothQuant changes what INT8 layers see, and K/V rows may not saturate at all."""
+    if LinearScheme.FP8 not in quantization.linears.values():
+        raise OptionError(
+            f"--observer {observer} has no effect: it chooses the input ranges of FP8 layers, and "
+            "no layer is to be in FP8; leave it out."
+        )
 
 
 def _choose_recipe(options: BuildOptions) -> Recipe:

@@ -88,15 +88,16 @@ def measure_sensitivity(
     checkpoint: Checkpoint,
     linears: Mapping[str, FakeLinear],
     settings: StreamSettings,
-    chunks: Iterable[Chunk],
+    streams: Iterable[Iterable[Chunk]],
     *,
     device: str = "cpu",
     on_progress: Callable[[float], None] = lambda _: None,
 ) -> SensitivityReport:
     """Rank `linears`, in groups that share their input, by what quantizing each group alone does.
 
-    The 16-bit model streams `chunks` once and decides the tokens. While only language layers are
-    quantized its vision embeddings are used again. Raises VerificationError if nothing was said.
+    The 16-bit model runs each of `streams` once and decides the tokens. While only language layers
+    are quantized its vision embeddings are used again. Raises VerificationError if nothing was
+    said.
     """
     numerics = SwitchedNumerics()
     groups = [
@@ -111,7 +112,7 @@ def measure_sensitivity(
         numerics=numerics,
     )
     try:
-        turns = list(record_turns(executor, settings, chunks))
+        turns = [turn for chunks in streams for turn in record_turns(executor, settings, chunks)]
         measured: list[GroupSensitivity] = []
         for number, names in enumerate(groups):
             on_progress(number / (len(groups) + 1))

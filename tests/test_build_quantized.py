@@ -179,6 +179,28 @@ def test_an_observer_without_quantization_is_refused(tiny_checkpoint: Path, tmp_
     assert "--observer has no effect" in message
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4-weight-only"])
+def test_an_observer_without_fp8_is_refused(
+    tiny_checkpoint: Path, tmp_path: Path, precision: str
+) -> None:
+    options = {"precision": precision, "kv_precision": "int8", "observer": "percentile"}
+    message = _refusal(OptionError, tiny_checkpoint, tmp_path / "new" / "bundle", **options)
+    assert "--observer percentile has no effect" in message
+
+
+def test_a_still_picture_is_noticed(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    import cv2
+
+    video = tmp_path / "still.avi"
+    writer = cv2.VideoWriter(str(video), cv2.VideoWriter.fourcc(*"MJPG"), 2.0, (64, 64))
+    for _ in range(60):
+        writer.write(np.full((64, 64, 3), 128, dtype=np.uint8))
+    writer.release()
+    options = {"precision": "int8", "calibration_videos": (video,), "judge": False}
+    summary = _build(tiny_checkpoint, tmp_path / "bundle", **options)
+    assert any("never changed on the calibration video" in note for note in summary.notes)
+
+
 def test_a_recipe_decides_layer_by_layer(tiny_checkpoint: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(

@@ -60,7 +60,7 @@ def measured(
         "visual.blocks.0.mlp.gate_proj": harmless,
         "visual.blocks.0.mlp.up_proj": harmless,
     }
-    return measure_sensitivity(checkpoint, linears, settings, _chunks())
+    return measure_sensitivity(checkpoint, linears, settings, [_chunks()])
 
 
 def test_the_spoiled_layer_comes_first(measured: SensitivityReport) -> None:

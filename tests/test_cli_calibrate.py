@@ -174,6 +174,7 @@ def test_too_little_video_leaves_nothing_behind(model: Path, tmp_path: Path) -> 
         (2, ("--sensitivity",), "--sensitivity has no effect"),
         (2, ("--precision", "fp16", "--min-chunks", 3), "--min-chunks has no effect"),
         (2, ("--precision", "fp8", "--keep-bytes", 9), "need --sensitivity"),
+        (2, ("--precision", "int8", "--observer", "mse"), "--observer mse has no effect"),
         (2, ("--kv-precision", "int8", "--sensitivity"), "ranks linear layers"),
         (
             2,

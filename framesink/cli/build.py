@@ -39,7 +39,7 @@ PRECISION = click.Choice(["fp16", "fp8", "int8", "int8-weight-only", "int4-weigh
 @click.option(
     "--observer",
     type=click.Choice(["absmax", "percentile", "mse"]),
-    help="How the range of an activation is chosen.",
+    help="How the ranges of FP8 layers' inputs are chosen.  [default: absmax]",
 )
 @click.option(
     "--gate",
@@ -76,7 +76,7 @@ PRECISION = click.Choice(["fp16", "fp8", "int8", "int8-weight-only", "int4-weigh
 @click.option(
     "--calibration-chunks",
     type=POSITIVE,
-    help="Most chunks of it to calibrate on.  [default: 64]",
+    help="Most chunks of it to calibrate on.  [default: 256]",
 )
 @click.option("--device", help="Where torch runs the model, such as cuda.  [default: cpu]")
 @click.option("--max-streams", type=POSITIVE, help="Streams in one step.  [default: 8]")

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @click.option(
     "--observer",
     type=click.Choice(["absmax", "percentile", "mse"]),
-    help="How the range of an activation is chosen.  [default: absmax]",
+    help="How the ranges of FP8 layers' inputs are chosen.  [default: absmax]",
 )
 @click.option(
     "--calibration-video",
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     help="Video, or folder of videos, to observe the model on; may be given again.  [default: "
     "MODEL_DIR/calibration, or a generated scene]",
 )
-@click.option("--chunks", type=POSITIVE, help="Most chunks of video to observe.  [default: 64]")
+@click.option("--chunks", type=POSITIVE, help="Most chunks of video to observe.  [default: 256]")
 @click.option(
     "--min-chunks",
     type=POSITIVE,
@@ -72,7 +72,8 @@ if TYPE_CHECKING:
 @click.option(
     "--sensitivity",
     is_flag=True,
-    help="Rank the layers by the damage that quantizing each alone does.",
+    help="Rank the layers by the damage that quantizing each alone does, on video held back from "
+    "calibration.",
 )
 @click.option(
     "--keep-for-kl",
@@ -115,7 +116,9 @@ def calibrate(
         vision_precision=vision_precision,
         kv_precision=kv_precision,
         recipe=recipe,
+        observer=options["observer"],
         judge=False,
+        compare=options["compare"],
         force=force,
         calibration_videos=videos,
     )

@@ -31,7 +31,6 @@ from framesink.calibration.statistics_files import (
 from framesink.calibration.videos import (
     DEFAULT_CHUNKS,
     DEFAULT_MINIMUM_CHUNKS,
-    open_streams,
 )
 from framesink.runtime.errors import CheckpointError, OptionError, OutputError
 
@@ -106,11 +105,12 @@ def run_calibration(
         raise OptionError("--sensitivity ranks linear layers, and none of them is to be quantized.")
     if options.sensitivity or options.compare or needs_statistics(quantization):
         observation = _Observation(build, options, source, reporter)
-        statistics = observation.observe()
-        if options.sensitivity:
-            recipe, report, kept = observation.keep_the_worst(recipe, statistics)
-        if observation.footage is not None:
-            accuracy = observation.compare(recipe, statistics, observation.footage)
+        footage = observation.hold_back()
+        statistics = observation.observe(footage)
+        if footage is not None and options.sensitivity:
+            recipe, report, kept = observation.keep_the_worst(recipe, statistics, footage)
+        if footage is not None and options.compare:
+            accuracy = observation.compare(recipe, statistics, footage)
     reporter.stage("quantize weights")
     summary = quantize_checkpoint(
         source.checkpoint,
@@ -147,10 +147,12 @@ class _Observation:
         self.reporter = reporter
         self.videos = choose_videos(build.calibration_videos, [build.checkpoint])
         self.settings = stream_settings(source, limits)
-        self.footage = self._share_out() if options.compare else None
 
-    def _share_out(self) -> Footage:
-        """Hold video back from calibration, to compare precisions on."""
+    def hold_back(self) -> Footage | None:
+        """Which part of the video is kept from calibration, where layers or precisions are judged;
+        otherwise it is all calibrated on."""
+        if not (self.options.compare or self.options.sensitivity):
+            return None
         self.reporter.stage("share out video")
         return divide_footage(
             self.videos,
@@ -161,8 +163,8 @@ class _Observation:
             on_progress=self.reporter.progress,
         )
 
-    def observe(self) -> Statistics:
-        """What an earlier run kept, or what the video shows."""
+    def observe(self, footage: Footage | None) -> Statistics:
+        """What an earlier run kept, or what the video shows, as far as it is not held back."""
         from framesink.calibration.streaming import observe_streaming
 
         options, kept = self.options, self.options.statistics
@@ -174,14 +176,12 @@ class _Observation:
                     f"{self.checkpoint.directory}; name another directory."
                 )
             self.reporter.note(f"Uses the statistics in {kept} ({statistics.source}).")
-            if self.footage is not None and statistics.source != self.footage.calibration_source:
+            if footage is not None and statistics.source != footage.calibration_source:
                 self.reporter.note(
-                    f"Precisions are compared on {self.footage.judged_source}, which these "
-                    "statistics may have been measured on."
+                    f"Judges on {footage.judged_source}, which these statistics may have seen."
                 )
             return statistics
         self.reporter.stage("observe video")
-        footage = self.footage
         statistics = observe_streaming(
             self.checkpoint,
             self.settings,
@@ -214,9 +214,9 @@ class _Observation:
         ).measure(self.reporter.progress)
 
     def keep_the_worst(
-        self, recipe: Recipe, statistics: Statistics
+        self, recipe: Recipe, statistics: Statistics, footage: Footage
     ) -> "tuple[Recipe, SensitivityReport, tuple[GroupSensitivity, ...]]":
-        """Rank the layers over the beginning of the first video; keep what the budget allows."""
+        """Rank the layers on the video that was held back; keep what the budget allows."""
         from framesink.calibration.sensitivity import keep_in_recipe, measure_sensitivity
         from framesink.calibration.simulation import simulate_linears
 
@@ -230,12 +230,13 @@ class _Observation:
             alpha=recipe.smoothquant_alpha,
         )
         seconds = self.settings.defaults.chunk_seconds
-        stream = open_streams(self.videos, self.settings.preprocess, seconds)[0]
+        streams = footage.judged_streams(self.settings.preprocess, seconds)
+        share = -(-SENSITIVITY_CHUNKS // len(streams))
         report = measure_sensitivity(
             self.checkpoint,
             linears,
             self.settings,
-            islice(stream, SENSITIVITY_CHUNKS),
+            [islice(stream, share) for stream in streams],
             device=options.device,
             on_progress=self.reporter.progress,
         )

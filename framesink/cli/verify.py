@@ -121,8 +121,10 @@ def _judge(measured: "Verification", gate: "QualityGate", console: "Console") ->
     from rich.table import Table
 
     table = Table(f"against {measured.reference} in float32", "found", "asked")
-    table.add_row("top-1 agreement", f"{measured.top1:.2%}", f"≥ {gate.top1:.2%}")
-    table.add_row("mean KL divergence, nats", f"{measured.kl:.4g}", f"≤ {gate.kl:g}")
+    least = f"≥ {gate.top1:.2%}" if gate.top1 > 0.0 else ""
+    table.add_row("top-1 agreement", f"{measured.top1:.2%}", least)
+    most = f"≤ {gate.kl:g}" if gate.kl < float("inf") else ""
+    table.add_row("mean KL divergence, nats", f"{measured.kl:.4g}", most)
     table.add_row("largest KL divergence, nats", f"{measured.worst_kl:.4g}", "")
     table.add_row("tokens compared", f"{measured.tokens} in {measured.chunks} chunks", "")
     table.add_row("video", measured.source, "")
