@@ -72,12 +72,10 @@ def build_bundles(
 ) -> dict[Scheme, Path]:
     """The bundles of some schemes without plans; those that are there are not built again."""
     outputs = {scheme: folder / scheme_name(scheme) for scheme in schemes}
-    tasks = [
-        BuildTask(checkpoint, statistics, scheme, output)
+    tasks = {
+        folder / f"{output.name}.json": BuildTask(checkpoint, statistics, scheme, output)
         for scheme, output in outputs.items()
-        if not output.exists()
-    ]
-    folder.mkdir(parents=True, exist_ok=True)
+    }
     spread(_build, tasks, processes)
     return outputs
 
@@ -87,7 +85,8 @@ def size_of(bundle: Path) -> int:
     return sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
 
 
-def _build(task: BuildTask) -> None:
+def _build(task: BuildTask) -> int:
+    """The size of the bundle."""
     with tempfile.TemporaryDirectory(dir=task.output.parent) as folder:
         source, (precision, cache) = task.checkpoint, task.scheme
         if task.scheme != ("fp16", "fp16"):
@@ -103,3 +102,4 @@ def _build(task: BuildTask) -> None:
             source, task.output, plans=False, judge=False, max_streams=MAX_STREAMS
         )
         build_bundle(options, SilentReporter())
+    return size_of(task.output)

@@ -1,13 +1,13 @@
 """What all accuracy measurements share: where things lie, which scenes, in how many processes."""
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from demo.accuracy_bundles import Scheme, build_bundles, observe
 from demo.held_out import compare_on_scenes
+from demo.parallel import Task, spread
 from demo.scene import Scene
 from demo.world import make_scene
 from framesink.calibration.agreement import TurnAgreement
@@ -40,24 +40,12 @@ class Run:
         folder = self.work / "bundles"
         return build_bundles(self.checkpoint, self.statistics, schemes, folder, self.processes)
 
-    def saved(self, name: str, measure: Callable[[], Any]) -> Any:
-        """A result of an earlier run on the same scenes, or what `measure` finds now."""
-        path = self.saved_path(name)
-        if not path.exists():
-            self.save(name, measure())
-        return json.loads(path.read_text())
-
-    def save(self, name: str, found: Any) -> None:
-        """Keep a result, of JSON's types, for later runs on the same scenes."""
-        path = self.saved_path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found) + "\n")
-
-    def saved_path(self, name: str) -> Path:
-        """Where a result on these scenes is kept."""
-        first = self.scenes[0]
-        shown = f"{first.seed}-{len(self.scenes)}x{first.seconds}-{len(self.compared)}"
-        return self.work / "results" / shown / f"{name}.json"
+    def find(self, work: Callable[[Task], Any], tasks: Mapping[str, Task]) -> dict[str, Any]:
+        """What `work` finds for each task, by its name. Kept, and not looked for again."""
+        folder = self.work / "results" / f"{self.scenes[0].seconds}s"
+        paths = {name: folder / f"{name}.json" for name in tasks}
+        found = spread(work, {paths[name]: task for name, task in tasks.items()}, self.processes)
+        return {name: found[path] for name, path in paths.items()}
 
 
 @dataclass(frozen=True, slots=True)

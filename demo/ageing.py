@@ -5,14 +5,14 @@ errors of long ago, or because the model is less sure of what it says there, so 
 move its distributions further. Three quantized models see the same chunks:
 
 - *old*: its rows are its own since the stream began;
-- *young*: at the start of every stretch it takes over the rows of the 16-bit model, so that its
-  errors are never older than the stretch; the 16-bit model, the tokens and the context are those
-  of *old*, and only the age of the errors differs;
+- *young*: at the start of a stretch it takes over the rows of the 16-bit model, so that its errors
+  are never older than the stretch; the 16-bit model, the tokens and the context are those of *old*,
+  and only the age of the errors differs;
 - *fresh*: in a session that was opened shortly before, beside a 16-bit model in such a session: the
   same frames without the past.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -29,7 +29,8 @@ AGES = ("old", "young", "fresh")
 
 @dataclass(slots=True)
 class AgedTurns:
-    """The turns of one scheme at each age; those of `fresh` are numbered as in the whole stream."""
+    """The turns of one scheme at each age, numbered as in the whole stream: all of them for *old*,
+    those of some stretches for *young*, the last ones for *fresh*."""
 
     old: list[TurnAgreement] = field(default_factory=list)
     young: list[TurnAgreement] = field(default_factory=list)
@@ -42,13 +43,12 @@ def measure_ageing(
     settings: StreamSettings,
     scene: Scene,
     *,
-    stretch: int,
+    stretches: Sequence[range],
     opened: int,
 ) -> dict[str, AgedTurns]:
     """The turns of each scheme over a scene, simulated in torch.
 
-    `stretch` is how many chunks the errors of *young* live, `opened` the chunk at which *fresh*
-    begins.
+    `stretches` are the chunks that *young* sees, `opened` is the chunk at which *fresh* begins.
     """
     pages = settings.num_pages(DEFAULT_PAGE_SIZE)
 
@@ -61,11 +61,14 @@ def measure_ageing(
     found = {name: AgedTurns() for name in schemes}
     chunks, questions = stream_of(scene)
     for turn in record_turns(reference, settings, chunks, questions=questions):
+        inside = [stretch for stretch in stretches if turn.chunk in stretch]
         for name, turns in found.items():
-            if turn.chunk % stretch == 0:
+            turns.old.append(replay_turn(turn, old[name]))
+            if not inside:
+                continue
+            if turn.chunk == inside[0].start:
                 # The turn's own rows come with it and are overwritten before they are read.
                 young[name].take_over(reference)
-            turns.old.append(replay_turn(turn, old[name]))
             turns.young.append(replay_turn(turn, young[name]))
     late = {chunk - opened: text for chunk, text in questions.items() if chunk >= opened}
     rest = islice(stream_of(scene)[0], opened, None)

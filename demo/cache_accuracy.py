@@ -1,6 +1,7 @@
 """Ways to store keys in one byte, simulated on a checkpoint whose rest stays as it is."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +32,36 @@ def rows(run: Run) -> Iterator[list[str]]:
     twin = run.work / twin_name
     if not twin.exists():
         write_twin(run.checkpoint, twin, size=run.twin_size, pairs=DEFAULT_PAIRS)
-    settings = settings_of(run.checkpoint)
-
-    def compare() -> Any:
-        return compare_checkpoints(run.checkpoint, twin, settings, run.scenes).to_json()
-
-    found = Result(**run.saved(twin_name, compare))
-    yield ["twin against the model", "16-bit pages", "16bit", *_cells(found)]
-    for name, directory in (("model", run.checkpoint), (twin_name, twin)):
-
-        def measure(directory: Path = directory, name: str = name) -> Any:
-            seen = run.work / f"statistics-{name}"
-            measured = measure_caches(directory, seen, settings, run.scenes)
-            return [[form, scheme, result.to_json()] for form, scheme, result in measured]
-
-        for form, scheme, values in run.saved(f"caches-{name}", measure):
+    seeds = f"{run.scenes[0].seed}-{run.scenes[-1].seed}"
+    pair = CheckpointPair(run.checkpoint, twin, run.scenes)
+    (found,) = run.find(_compare, {f"{twin_name}-{seeds}": pair}).values()
+    yield ["twin against the model", "16-bit pages", "16bit", *_cells(Result(**found))]
+    tasks = {
+        name: CacheTask(directory, run.work / f"statistics-{name}", run.scenes)
+        for name, directory in (("model", run.checkpoint), (twin_name, twin))
+    }
+    measured = run.find(_measure, {f"caches-{name}-{seeds}": task for name, task in tasks.items()})
+    for name, rows_found in zip(tasks, measured.values(), strict=True):
+        for form, scheme, values in rows_found:
             yield [name, form, scheme, *_cells(Result(**values))]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointPair:
+    """Checkpoints to compare over scenes."""
+
+    reference: Path
+    other: Path
+    scenes: Sequence[Scene]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheTask:
+    """A checkpoint, and where what calibration sees of it is kept, for caches to be compared."""
+
+    checkpoint: Path
+    statistics: Path
+    scenes: Sequence[Scene]
 
 
 def cache_forms(
@@ -112,6 +127,17 @@ def compare_checkpoints(
     with settings.engine(second) as engine:
         score = score_replies(scenes, narrate_scenes(engine, scenes))
     return Result.of(score, turns)
+
+
+def _compare(pair: CheckpointPair) -> dict[str, Any]:
+    settings = settings_of(pair.reference)
+    return compare_checkpoints(pair.reference, pair.other, settings, pair.scenes).to_json()
+
+
+def _measure(task: CacheTask) -> list[list[Any]]:
+    settings = settings_of(task.checkpoint)
+    rows = measure_caches(task.checkpoint, task.statistics, settings, task.scenes)
+    return [[form, scheme, result.to_json()] for form, scheme, result in rows]
 
 
 def _cells(found: Result) -> list[str]:

@@ -1,6 +1,6 @@
 """Every precision of weights and cache, in real bundles executed by ONNX Runtime."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from demo.accuracy_bundles import (
 )
 from demo.accuracy_run import CompareTask, Run, compare_bundles, turns_from_json
 from demo.held_out import Result, narrate_scenes, score_replies
-from demo.parallel import spread
 from demo.world import make_scene
 from framesink.build.accuracy import AccuracyRow, AccuracyTable, attach_accuracy
 from framesink.runtime.engine import StreamingEngine
@@ -46,7 +45,8 @@ class SchemeResult:
 
 def measure_schemes(run: Run) -> list[SchemeResult]:
     """A result per scheme. The table goes into every bundle it was measured on."""
-    found, bundles = _measured(run), run.bundles(SCHEMES)
+    bundles = run.bundles(SCHEMES)
+    found = _measured(run, bundles)
     plain = found["fp16", "fp16"]["replies"]
     results = []
     for scheme, values in found.items():
@@ -112,34 +112,37 @@ def rows(run: Run) -> Iterator[list[str]]:
         ]
 
 
-def _measured(run: Run) -> dict[Scheme, dict[str, Any]]:
-    """Replies and turns of every scheme; those of an earlier run are not measured again."""
-    missing = [scheme for scheme in SCHEMES if not run.saved_path(scheme_name(scheme)).exists()]
-    if missing:
-        built = run.bundles(SCHEMES)
-        reference = built["fp16", "fp16"]
-        bundles = {scheme_name(scheme): built[scheme] for scheme in missing}
-        seconds = run.scenes[0].seconds
-        seeds = [scene.seed for scene in run.scenes]
-        batches = [tuple(seeds[i : i + MAX_STREAMS]) for i in range(0, len(seeds), MAX_STREAMS)]
-        compare = [
-            CompareTask(reference, bundles, scene.seed, scene.seconds) for scene in run.compared
-        ]
-        narrate = [
-            NarrateTask(bundle, batch, seconds) for bundle in bundles.values() for batch in batches
-        ]
-        # The longest first.
-        tasks: list[CompareTask | NarrateTask] = [*compare, *narrate]
-        done = spread(_work, tasks, run.processes)
-        turns, replies = done[: len(compare)], done[len(compare) :]
-        for number, name in enumerate(bundles):
-            said = replies[number * len(batches) : (number + 1) * len(batches)]
-            found = {
-                "turns": [turn for scene in turns for turn in scene[name]],
-                "replies": [scene for batch in said for scene in batch],
-            }
-            run.save(name, found)
-    return {scheme: run.saved(scheme_name(scheme), dict) for scheme in SCHEMES}
+def _measured(run: Run, bundles: Mapping[Scheme, Path]) -> dict[Scheme, dict[str, Any]]:
+    """Replies and turns of every scheme."""
+    candidates = {scheme_name(scheme): bundle for scheme, bundle in bundles.items()}
+    seconds = run.scenes[0].seconds
+    seeds = [scene.seed for scene in run.scenes]
+    batches = [tuple(seeds[i : i + MAX_STREAMS]) for i in range(0, len(seeds), MAX_STREAMS)]
+    # The longest come first.
+    tasks: dict[str, CompareTask | NarrateTask] = {
+        f"compared-{scene.seed}": CompareTask(
+            bundles["fp16", "fp16"], candidates, scene.seed, seconds
+        )
+        for scene in run.compared
+    }
+    for name, bundle in candidates.items():
+        for batch in batches:
+            task = NarrateTask(bundle, batch, seconds)
+            tasks[f"narrated-{name}-{batch[0]}-{batch[-1]}"] = task
+    found = run.find(_work, tasks)
+    return {
+        scheme: {
+            "turns": [
+                turn for scene in run.compared for turn in found[f"compared-{scene.seed}"][name]
+            ],
+            "replies": [
+                texts
+                for batch in batches
+                for texts in found[f"narrated-{name}-{batch[0]}-{batch[-1]}"]
+            ],
+        }
+        for scheme, name in zip(bundles, candidates, strict=True)
+    }
 
 
 def _work(task: CompareTask | NarrateTask) -> Any:

@@ -10,7 +10,6 @@ import numpy as np
 from demo.accuracy_bundles import Scheme, scheme_name, settings_of
 from demo.accuracy_run import CompareTask, Run, compare_bundles, turns_from_json, turns_to_json
 from demo.ageing import AGES, measure_ageing
-from demo.parallel import spread
 from demo.world import make_scene
 from framesink.calibration.agreement import TurnAgreement
 from framesink.calibration.fake_quantization import FakeQuantization
@@ -20,7 +19,11 @@ from framesink.calibration.statistics_files import load_statistics
 from framesink.runtime.models.checkpoint import Checkpoint
 
 DRIFT_SCHEMES: tuple[Scheme, ...] = (("fp16", "int8"), ("fp8", "fp16"), ("fp8", "int8"))
+AGEING_SCHEMES: tuple[Scheme, ...] = (("fp16", "int8"), ("fp8", "fp16"))
 STRETCH = 30
+# Errors of different ages are compared in one stretch of three, from chunk 60 on; in the last of
+# them fresh sessions are 60 chunks old.
+FIRST_AGED, AGED_EVERY = 60, 90
 FRESH_CHUNKS = 90
 
 
@@ -29,16 +32,15 @@ def drift_rows(run: Run) -> Iterator[list[str]]:
     names = [scheme_name(scheme) for scheme in DRIFT_SCHEMES]
     yield ["chunks", "entropy", *(f"{name}: {what}" for name in names for what in _COLUMNS)]
 
-    def measure() -> list[Any]:
-        bundles = run.bundles([("fp16", "fp16"), *DRIFT_SCHEMES])
-        reference = bundles["fp16", "fp16"]
-        candidates = {scheme_name(scheme): bundles[scheme] for scheme in DRIFT_SCHEMES}
-        tasks = [
-            CompareTask(reference, candidates, scene.seed, scene.seconds) for scene in run.scenes
-        ]
-        return spread(compare_bundles, tasks, run.processes)
-
-    scenes = run.saved("drift", measure)
+    bundles = run.bundles([("fp16", "fp16"), *DRIFT_SCHEMES])
+    candidates = {scheme_name(scheme): bundles[scheme] for scheme in DRIFT_SCHEMES}
+    tasks = {
+        f"drift-{scene.seed}": CompareTask(
+            bundles["fp16", "fp16"], candidates, scene.seed, scene.seconds
+        )
+        for scene in run.scenes
+    }
+    scenes = run.find(compare_bundles, tasks).values()
     turns = {
         name: [turn for found in scenes for turn in turns_from_json(found[name])] for name in names
     }
@@ -51,27 +53,27 @@ def drift_rows(run: Run) -> Iterator[list[str]]:
 
 
 def ageing_rows(run: Run) -> Iterator[list[str]]:
-    """A row per scheme and stretch: the same tokens with old and with young errors."""
+    """A row per scheme and compared stretch: the same tokens with old and with young errors."""
     yield ["scheme", "chunks", "entropy", *(f"{age}: {what}" for age in AGES for what in _COLUMNS)]
 
-    def measure() -> list[Any]:
-        tasks = [
-            AgeingTask(run.checkpoint, run.statistics, scene.seed, scene.seconds)
-            for scene in run.scenes
-        ]
-        return spread(_age, tasks, run.processes)
-
-    scenes = run.saved("ageing", measure)
-    for name in map(scheme_name, DRIFT_SCHEMES):
+    tasks = {
+        f"ageing-{scene.seed}": AgeingTask(
+            run.checkpoint, run.statistics, scene.seed, scene.seconds
+        )
+        for scene in run.scenes
+    }
+    scenes = run.find(_age, tasks).values()
+    stretches = _aged(run.scenes[0].seconds)
+    for name in map(scheme_name, AGEING_SCHEMES):
         turns = {
             age: [turn for found in scenes for turn in turns_from_json(found[name][age])]
             for age in AGES
         }
-        for chunks in _stretches(run.scenes[0].seconds):
+        for chunks in stretches:
             inside = {age: _inside(found, chunks) for age, found in turns.items()}
             cells = [name, _span(chunks), f"{_entropy(inside['old']):.1e}"]
             for age in AGES:
-                cells += _cells(inside[age])
+                cells += _cells(inside[age] if age != "fresh" or chunks is stretches[-1] else [])
             yield cells
 
 
@@ -105,6 +107,10 @@ def _stretches(seconds: int) -> list[range]:
     return [range(start, min(start + STRETCH, seconds)) for start in range(0, seconds, STRETCH)]
 
 
+def _aged(seconds: int) -> list[range]:
+    return [range(start, start + STRETCH) for start in range(FIRST_AGED, seconds, AGED_EVERY)]
+
+
 def _span(chunks: range) -> str:
     return f"{chunks.start} to {chunks.stop - 1}"
 
@@ -116,7 +122,7 @@ def _inside(turns: Sequence[TurnAgreement], chunks: range) -> list[TurnAgreement
 def _age(task: AgeingTask) -> dict[str, Any]:
     checkpoint, statistics = Checkpoint.open(task.checkpoint), load_statistics(task.statistics)
     schemes = {}
-    for precision, cache in DRIFT_SCHEMES:
+    for precision, cache in AGEING_SCHEMES:
         recipe = Recipe(language_model=precision, vision_encoder=precision, kv_cache=cache)
         quantization = recipe.resolve(checkpoint.config)
         schemes[scheme_name((precision, cache))] = FakeQuantization(
@@ -128,7 +134,7 @@ def _age(task: AgeingTask) -> dict[str, Any]:
         schemes,
         settings_of(task.checkpoint),
         make_scene(task.seed, task.seconds),
-        stretch=STRETCH,
+        stretches=_aged(task.seconds),
         opened=task.seconds - FRESH_CHUNKS,
     )
     return {
