@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 
 import cv2
-import grpc
 import numpy as np
 import pytest
 from fake.triton_service import FakeTriton
@@ -149,19 +148,25 @@ def test_one_refused_chunk_costs_no_other(server: FakeTriton, client: Client) ->
 
 
 @pytest.mark.parametrize(
-    ("code", "expected"),
+    ("refusal", "expected", "code"),
     [
-        (grpc.StatusCode.UNAVAILABLE, ServerUnavailableError),
-        (grpc.StatusCode.INVALID_ARGUMENT, RefusedError),
+        ("Not like this. [UNAVAILABLE]", ServerUnavailableError, "UNAVAILABLE"),
+        ("Not like this. [INVALID_ARGUMENT]", RefusedError, "INVALID_ARGUMENT"),
+        (
+            "in ensemble 'streaming_vlm', Not like this. [ALREADY_EXISTS]",
+            RefusedError,
+            "ALREADY_EXISTS",
+        ),
+        ("Not like this.", ServerUnavailableError, "UNKNOWN"),
     ],
 )
 def test_a_refused_session(
-    server: FakeTriton, client: Client, code: grpc.StatusCode, expected: type[Exception]
+    server: FakeTriton, client: Client, refusal: str, expected: type[Exception], code: str
 ) -> None:
-    server.refusal = (code, "Not like this.")
+    server.refusal = refusal
     with pytest.raises(expected, match=r"^Not like this\.$") as caught:
         client.session()
-    assert caught.value.code == code.name
+    assert caught.value.code == code
 
 
 def test_a_server_that_is_not_ready(server: FakeTriton, client: Client) -> None:
@@ -303,6 +308,7 @@ def test_cancelling(server: FakeTriton, client: Client) -> None:
         session.push(FRAME)
         session.push(FRAME)
         wait_until(lambda: len(server.sessions[number].chunks) == 2)
+        assert not server.cancelled.is_set()
         session.cancel()
         assert server.cancelled.wait(5.0)
         server.silent = False

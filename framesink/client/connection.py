@@ -19,13 +19,11 @@ from framesink.client.errors import (
     ServerUnavailableError,
     SessionLostError,
 )
-from framesink.client.wire import Request, decode, encode, plain
+from framesink.client.wire import Request, WireError, decode, encode
 from framesink.runtime.errors import OptionError
 from framesink.serving.contract import LANGUAGE_MODEL
 
 _PLAIN, _TLS = "grpc://", "grpcs://"
-# Only this header makes Triton end a stream with the status of an error.
-_STATUS_OF_ERRORS = (("triton_grpc_error", "true"),)
 _OPTIONS = (
     ("grpc.max_send_message_length", -1),
     # A server that is back is found soon; whether to try again is the session's decision.
@@ -34,7 +32,7 @@ _OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.enable_retries", 0),
 )
-_NOT_NOW = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "INTERNAL", "UNKNOWN", "CANCELLED")
+_NOT_NOW = (None, "UNAVAILABLE", "INTERNAL", "CANCELLED")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,33 +101,26 @@ class Connection:
     def call(self, request: Request) -> None:
         """Send a request that brings no event, and wait until it is answered.
 
-        Raises ServerUnavailableError where trying again may help, RefusedError where not.
+        Raises ServerUnavailableError where trying again may help, SessionLostError for a session
+        the server does not know, RefusedError for what it does not take.
         """
-        call = self._stub.ModelStreamInfer(
-            iter((encode(request),)), timeout=self.timeout, metadata=_STATUS_OF_ERRORS
-        )
+        # Never with the header `triton_grpc_error`, which would tell the status of an error, and
+        # always read to the end: Triton 2.51 can crash when it ends a stream by itself, and when a
+        # stream is cancelled as it ends.
+        call = self._stub.ModelStreamInfer(iter((encode(request),)), timeout=self.timeout)
         try:
-            for message in call:
-                response = decode(message)
-                if response.error is not None:  # of Triton itself, which tells no status
-                    raise RefusedError(response.error, "INVALID_ARGUMENT")
-                if response.final:
-                    return
+            answers = [decode(message) for message in call]
         except grpc.RpcError as error:
-            code, sentence = _status(error)
-            if code in _NOT_NOW:
-                raise ServerUnavailableError(sentence, code) from error
-            raise RefusedError(sentence, code) from error
-        finally:
-            call.cancel()
-        raise ServerGoneError(f"The server at {self.target} ended a call without an answer.")
+            raise self.gone(error) from error
+        if not answers:
+            raise self.gone()
+        for answer in answers:
+            if answer.error is not None:
+                raise _refusal(answer.error)
 
     def require_session(self, model: str, sequence_id: int) -> None:
         """Raise SessionLostError if the server does not know a session, and what `call` raises."""
-        try:
-            self.call(Request(model, "probe", sequence_id))
-        except RefusedError as error:
-            raise SessionLostError(str(error), error.code) from error
+        self.call(Request(model, "probe", sequence_id))
 
     def stream(self, messages: Iterator[Any]) -> Any:
         """A call that lasts as long as a session does: messages in, messages out."""
@@ -152,4 +143,14 @@ class Connection:
 def _status(error: grpc.RpcError) -> tuple[str, str]:
     """Name of the code, and the sentence."""
     code: grpc.StatusCode = error.code()
-    return code.name, plain(error.details() or code.name)
+    return code.name, error.details() or code.name
+
+
+def _refusal(error: WireError) -> ClientError:
+    """The exception for an error that a model, or Triton itself, answered with."""
+    code = error.code or "UNKNOWN"
+    if error.session_unknown:
+        return SessionLostError(error.sentence, code)
+    if error.code in _NOT_NOW:
+        return ServerUnavailableError(error.sentence, code)
+    return RefusedError(error.sentence, code)

@@ -123,16 +123,24 @@ class SessionLink:
         if self._finishing:
             self.close()
             return
-        self._drop()
+        self._drop(gently=False)
         with suppress(ClientError):  # or else the server would take the client for gone, and wait
             self._connection.require_session(self.settings.model, self.sequence_id)
 
-    def _drop(self) -> None:
+    def _drop(self, *, gently: bool) -> None:
+        """Have nothing more to do with what is under way.
+
+        Gently is to let the stream end by itself, if it soon does: Triton 2.51 may crash when a
+        stream is cancelled just as it ends.
+        """
         with self._lock:
             stream, self._stream = self._stream, None
             given_up = self._take_pending()
         self.flow.return_places(places(given_up))
-        if stream is not None:
+        if stream is None:
+            return
+        stream.finish()
+        if not (gently and stream.join(_JOIN_SECONDS)):
             stream.cancel()
             stream.join(_JOIN_SECONDS)
 
@@ -146,7 +154,7 @@ class SessionLink:
         if not over:
             self._end_on_server()
         self.flow.end(for_good=True)
-        self._drop()
+        self._drop(gently=True)
 
     def resume(self) -> None:
         """Go on after a failure or an error event: in the same session if the server still has it,
@@ -187,7 +195,7 @@ class SessionLink:
                 self._end()
                 return
         if response.error is not None:
-            self._refused(stream, pending, response.error)
+            self._refused(stream, pending, response.error.sentence)
         elif last:
             self.flow.return_places(pending.holds_place)
             if pending.request.end:
@@ -241,7 +249,7 @@ class SessionLink:
         with self._lock:
             stream, self._stream = self._stream, None
         if stream is not None:
-            stream.cancel()
+            stream.finish()
 
     # Losing and finding.
 

@@ -40,15 +40,19 @@ class RequestStream:
         """Send a request; if the stream is broken its receiver learns of it."""
         self._outgoing.put(encode(request))
 
+    def finish(self) -> None:
+        """Send no more; the stream ends by itself when everything is answered."""
+        self._outgoing.put(None)
+
     def cancel(self) -> None:
         """End at once; the server learns that nobody waits for its answers."""
         self._call.cancel()
-        self._outgoing.put(None)
+        self.finish()
 
-    def join(self, timeout: float) -> None:
-        """Wait for the thread, unless this is it."""
-        if threading.current_thread() is not self._thread:
-            self._thread.join(timeout)
+    def join(self, timeout: float) -> bool:
+        """Wait for the end; whether it has come. Not for the stream's own thread."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     def _read(self) -> None:
         failure = self._connection.gone()
@@ -59,6 +63,7 @@ class RequestStream:
             failure = self._connection.gone(error)
         except ClientError as error:
             failure = error
-        finally:
             self.cancel()
+        finally:
+            self.finish()
             self._receiver.broke(self, failure)

@@ -1,8 +1,10 @@
 """Requests and responses of framesink's models as messages of Triton's gRPC protocol."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 from tritonclient.grpc import InferResult
@@ -22,6 +24,9 @@ ParameterValue = str | int | float | bool
 
 # What Triton puts before the sentence of a composing model.
 _ENSEMBLE_PREFIX = f"in ensemble '{contract.STREAMING_VLM}', "
+_CODE = re.compile(r"(.*) \[([A-Z_]+)\]", re.DOTALL)
+# How Triton's sequence batcher refuses a request of a sequence that was never started, or is over.
+_NO_START = "must specify the START flag"
 _PYTHON_TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool}
 _FIELDS = {
     "string": "string_param",
@@ -60,13 +65,33 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One response. `final` says that no other follows to this request; an `error` is always the
-    last, too, and is the server's sentence."""
+    """One response. `final` says that no other follows to this request; so it is with an error."""
 
     request_id: str
     event: Event | None
     final: bool
-    error: str | None = None
+    error: "WireError | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class WireError:
+    """An error as it travels: framesink's models end its sentence with the code in brackets, for
+    Triton tells none. Without a code it is an error of Triton itself."""
+
+    sentence: str
+    code: str | None
+
+    @classmethod
+    def parse(cls, message: str) -> Self:
+        """From the text of a response."""
+        own = message.removeprefix(_ENSEMBLE_PREFIX)
+        match = _CODE.fullmatch(own)
+        return cls(own, None) if match is None else cls(match[1], match[2])
+
+    @property
+    def session_unknown(self) -> bool:
+        """Whether the server knows nothing of the session, or nothing any more."""
+        return self.code == "NOT_FOUND" or (self.code is None and _NO_START in self.sentence)
 
 
 def require_parameters(parameters: Mapping[str, ParameterValue]) -> None:
@@ -107,14 +132,9 @@ def decode(message: ModelStreamInferResponse) -> Response:
     """The response in a message. Raises ResponseError if the contract does not allow it."""
     response = message.infer_response
     if message.error_message:
-        return Response(response.id, None, True, plain(message.error_message))
+        return Response(response.id, None, True, WireError.parse(message.error_message))
     final = response.parameters["triton_final_response"].bool_param
     return Response(response.id, _event(response) if response.outputs else None, final)
-
-
-def plain(sentence: str) -> str:
-    """An error's sentence as a composing model wrote it."""
-    return sentence.removeprefix(_ENSEMBLE_PREFIX)
 
 
 def _tensors(request: Request) -> dict[str, tuple[Sequence[int], bytes]]:

@@ -1,7 +1,7 @@
 """A stand-in of a framesink server: Triton's gRPC service over scripted sessions, in this process.
 
 It follows the contract as far as a client sees it: correlation ids, START and END, final flags,
-status of errors on streams that ask for it. Every chunk is answered with the words of `reply`.
+codes of errors in brackets. Every chunk is answered with the words of `reply`.
 """
 
 import queue
@@ -39,13 +39,14 @@ class StoredSession:
 
 
 class FakeTriton(GRPCInferenceServiceServicer):
-    """What a test may turn: `ready`; `refusal` of START (status, sentence); `bad_chunk`, the number
-    of a session's chunk to refuse; `silent`, to take chunks and say nothing; `deaf`, to answer
-    nothing at all; `damage`, an output to leave out."""
+    """What a test may turn: `ready`; `refusal` of START, with its code in brackets or without;
+    `bad_chunk`, the number of a session's chunk to refuse; `silent`, to take chunks and say
+    nothing; `deaf`, to answer nothing at all; `damage`, an output to leave out. `cancelled` tells
+    of streams that a client did not end in order."""
 
     def __init__(self) -> None:
         self.ready = True
-        self.refusal: tuple[grpc.StatusCode, str] | None = None
+        self.refusal: str | None = None
         self.bad_chunk: int | None = None
         self.silent = self.deaf = False
         self.damage: str | None = None
@@ -89,16 +90,12 @@ class FakeTriton(GRPCInferenceServiceServicer):
     def ModelStreamInfer(
         self, requests: Iterator[ModelInferRequest], context: grpc.ServicerContext
     ) -> Iterator[ModelStreamInferResponse]:
-        tells_status = dict(context.invocation_metadata()).get("triton_grpc_error") == "true"
-        if not tells_status:
-            self.streams.append(context)
-            context.add_callback(self.cancelled.set)
+        assert "triton_grpc_error" not in dict(context.invocation_metadata())
+        self.streams.append(context)
         answers: queue.SimpleQueue[ModelStreamInferResponse | None] = queue.SimpleQueue()
         reader = threading.Thread(target=self._read, args=(requests, answers), daemon=True)
         reader.start()
         while (answer := answers.get()) is not None:
-            if answer.error_message and tells_status and self.refusal:
-                context.abort(*self.refusal)
             yield answer
 
     def _read(self, requests: Iterator[ModelInferRequest], answers: Any) -> None:
@@ -108,7 +105,7 @@ class FakeTriton(GRPCInferenceServiceServicer):
                     for answer in self._answers(request):
                         answers.put(answer)
         except grpc.RpcError:
-            pass
+            self.cancelled.set()
         except Exception as error:
             answers.put(ModelStreamInferResponse(error_message=f"stand-in failed: {error!r}"))
         answers.put(None)
@@ -121,7 +118,7 @@ class FakeTriton(GRPCInferenceServiceServicer):
         number = parameters.pop("sequence_id")
         if parameters.pop("sequence_start"):
             if self.refusal is not None:
-                yield _error(request, self.refusal[1])
+                yield _error(request, self.refusal)
                 return
             self.sessions[number] = StoredSession(parameters)
         session = self.sessions.get(number)
@@ -138,7 +135,7 @@ class FakeTriton(GRPCInferenceServiceServicer):
         if "FRAMES" in inputs or "RAW_FRAMES" in inputs:
             session.chunks.append(inputs)
             if self.bad_chunk == len(session.chunks):
-                yield _error(request, "This chunk is not to be shown.")
+                yield _error(request, "This chunk is not to be shown. [INVALID_ARGUMENT]")
                 return
             if self.silent:
                 return
