@@ -174,6 +174,7 @@ class StreamingEngine:
             hidden_size=self.model.text.hidden_size,
             chunk_seconds=plan.profile.chunk_seconds,
             max_patches=self.limits.max_patches if max_patches is None else max_patches,
+            takes_frames=self._worker.takes_frames,
         )
 
     def run_until_idle(self) -> bool:

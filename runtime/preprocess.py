@@ -104,6 +104,13 @@ def resize_frames(
     return np.stack([cv2.resize(frame, size, interpolation=interpolation) for frame in frames])
 
 
+def frame_grid(frames: UInt8Array, config: PreprocessConfig) -> Grid:
+    """The grid of frames uint8 `[T, H, W, 3]` that are of the model's size."""
+    count, height, width = frames.shape[:3]
+    steps = -(-count // config.temporal_patch_size)
+    return Grid(steps, height // config.patch_size, width // config.patch_size)
+
+
 def patchify(frames: UInt8Array, config: PreprocessConfig) -> tuple[Float32Array, Grid]:
     """Normalised patches of frames already of the model's size.
 
@@ -112,8 +119,8 @@ def patchify(frames: UInt8Array, config: PreprocessConfig) -> tuple[Float32Array
     merger expects (merge × merge blocks are consecutive), and the grid.
     """
     temporal, patch, merge = config.temporal_patch_size, config.patch_size, config.merge_size
-    count, height, width = frames.shape[:3]
-    grid = Grid(-(-count // temporal), height // patch, width // patch)
+    count = len(frames)
+    grid = frame_grid(frames, config)
     down, across = grid.h // merge, grid.w // merge
     table = _normalised_levels(config)
     patches = np.empty(

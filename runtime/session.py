@@ -9,14 +9,22 @@ from typing import Protocol
 import numpy as np
 
 from framesink.runtime.arrays import Float32Array, UInt8Array
-from framesink.runtime.errors import CapacityError, VideoError
+from framesink.runtime.errors import CapacityError, OptionError, VideoError
 from framesink.runtime.event_stream import EventStream
 from framesink.runtime.events import Event
-from framesink.runtime.preprocess import Grid, PreprocessConfig, frames_to_patches
+from framesink.runtime.preprocess import (
+    Grid,
+    PreprocessConfig,
+    frame_grid,
+    patchify,
+    resize_frames,
+)
 from framesink.runtime.protocol import ChatProtocol
 from framesink.runtime.session_input import PreparedChunk, Question, SessionInput
 from framesink.runtime.stats import SessionStats
 from framesink.runtime.video.chunk import Chunk, stack_frames
+
+NO_CONTENT: Float32Array = np.empty((0, 0), dtype=np.float32)
 
 
 class Driver(Protocol):
@@ -54,8 +62,10 @@ class Session:
         hidden_size: int,
         chunk_seconds: float,
         max_patches: int,
+        takes_frames: bool = False,
     ) -> None:
-        """Made by `StreamingEngine.open_session`."""
+        """Made by `StreamingEngine.open_session`. `takes_frames` says that the engine wants frames
+        of the model's size, neither patches nor embeddings."""
         self.number = number
         self._driver = driver
         self._source = source
@@ -66,6 +76,7 @@ class Session:
         self._hidden_size = hidden_size
         self._chunk_seconds = chunk_seconds
         self._max_patches = max_patches
+        self._takes_frames = takes_frames
         self._next_t0 = 0.0
 
     # In.
@@ -118,10 +129,11 @@ class Session:
         handed_at = time.monotonic()
         self._source.require_open()
         _require_length(chunk.t0, chunk.t1)
-        patches, grid = frames_to_patches(stack_frames(chunk.frames), self._preprocess)
-        self._require_patches(grid, len(chunk.frames))
+        frames = resize_frames(stack_frames(chunk.frames), self._preprocess)
+        grid = frame_grid(frames, self._preprocess)
+        self._require_patches(grid, len(frames))
         prepared = PreparedChunk(
-            content=patches,
+            content=NO_CONTENT if self._takes_frames else patchify(frames, self._preprocess)[0],
             encoded=False,
             grid=grid,
             t0=chunk.t0,
@@ -130,6 +142,8 @@ class Session:
             captured_at=chunk.captured_at,
             handed_at=handed_at,
             dropped=chunk.dropped,
+            # A copy: the caller may use the array again.
+            pixels=frames.copy() if self._takes_frames else None,
         )
         self._put(prepared, question, block, timeout)
 
@@ -151,9 +165,14 @@ class Session:
         `t0` and `t1` are seconds of video time, `frames` how many frames the grid was made of,
         `captured_at` is `time.monotonic()` at the arrival of the last of them, by default now.
         Raises what `push_chunk` raises, VideoError also for embeddings that are not of this model
-        and grid or not finite.
+        and grid or not finite, OptionError on an engine whose executor takes frames alone.
         """
         handed_at = time.monotonic()
+        if self._takes_frames:
+            raise OptionError(
+                "This engine's executor runs the vision encoder itself and takes no embeddings; "
+                "push frames."
+            )
         self._source.require_open()
         _require_length(t0, t1)
         steps = -(-frames // self._preprocess.temporal_patch_size)

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from framesink.runtime.arrays import Float32Array
+from framesink.runtime.arrays import Float32Array, UInt8Array
 from framesink.runtime.errors import BacklogError, BusyError, CapacityError, SessionClosedError
 from framesink.runtime.preprocess import Grid
 
@@ -16,9 +16,10 @@ class PreparedChunk:
     """A chunk ready for the vision encoder, or one that has been through it.
 
     `content` float32 are the patches `[n, patch_dim]` of `grid` or, if `encoded`, the embeddings
-    `[n / merge², hidden]` made of them. They cover video time `[t0, t1)` seconds in `frames`
-    frames. `captured_at` and `handed_at` are `time.monotonic()` when its last frame arrived and
-    when it was pushed. `dropped` frames are missing from it.
+    `[n / merge², hidden]` made of them; an executor that takes frames gets `pixels` uint8
+    `[T, H, W, 3]` of the model's size instead, and `content` is empty. They cover video time
+    `[t0, t1)` seconds in `frames` frames. `captured_at` and `handed_at` are `time.monotonic()` when
+    its last frame arrived and when it was pushed. `dropped` frames are missing from it.
     """
 
     content: Float32Array
@@ -30,6 +31,7 @@ class PreparedChunk:
     captured_at: float
     handed_at: float
     dropped: int
+    pixels: UInt8Array | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """The tokenizer of a checkpoint: `tokenizer.json` through the `tokenizers` library."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers.pre_tokenizers import ByteLevel
@@ -32,7 +33,7 @@ class Tokenizer:
         self._plain = BackendTokenizer.from_str(backend.to_str())
         self._plain.encode_special_tokens = True
         added = backend.get_added_tokens_decoder()
-        self._special_ids = frozenset(id_ for id_, token in added.items() if token.special)
+        self._special = {id_: token.content for id_, token in added.items() if token.special}
         self._token_bytes: dict[int, bytes] = {}
 
     @classmethod
@@ -71,7 +72,7 @@ class Tokenizer:
         piece = self._token_bytes.get(token)
         if piece is None:
             content = self._backend.id_to_token(token)
-            if content is None or token in self._special_ids:
+            if content is None or token in self._special:
                 piece = b""
             elif all(character in _BYTES for character in content):
                 piece = bytes(_BYTES[character] for character in content)
@@ -79,6 +80,11 @@ class Tokenizer:
                 piece = content.encode()
             self._token_bytes[token] = piece
         return piece
+
+    @property
+    def special_tokens(self) -> Mapping[int, str]:
+        """What each special token is written as."""
+        return MappingProxyType(self._special)
 
     def special(self, content: str) -> int:
         """Id of a special token. Raises CheckpointError if the vocabulary has none of that name."""
