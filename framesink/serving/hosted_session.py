@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from framesink.runtime.engine import StreamingEngine
-from framesink.runtime.errors import BusyError, FramesinkError
+from framesink.runtime.errors import BusyError, FramesinkError, SessionClosedError
 from framesink.runtime.events import Event, EventKind
 from framesink.runtime.session import Session
 from framesink.serving import session_end
@@ -27,6 +27,9 @@ from framesink.serving.parameters import Opening
 from framesink.serving.requests import Clock, EmbeddedChunk, SessionRequest, prepare_chunk
 from framesink.serving.responder import Responder
 from framesink.serving.session_end import End, EndReason
+
+# How often a host calls `check`; a client that is gone is found within that time.
+POLL_SECONDS = 0.1
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -113,11 +116,10 @@ class HostedSession:
             if self._session is not None:
                 self._session.close(wait=False)
 
-    def check(self, now: float, poll_seconds: float) -> None:
-        """Look after clients that are gone; called every `poll_seconds`."""
+    def check(self, now: float) -> None:
+        """Look after clients that are gone; called every POLL_SECONDS."""
         options = self._around.options
-        if self._client_is_gone(self._drop_cancelled(), now - 2 * poll_seconds):
-            self._abandoned_at = now
+        self._look_for_client(now)
         if self._abandoned_at is not None and now - self._abandoned_at > options.resume_seconds:
             self.close(session_end.abandoned(options.resume_seconds))
         if not self.busy and now - self._active_at > options.idle_seconds:
@@ -185,7 +187,10 @@ class HostedSession:
         except ServingError as error:
             self._answers.pop(turn, None)
             self._tail = None
-            self._refuse(responder, error.code, str(error))
+            if self._end is not None:  # it was ended meanwhile, which may be why
+                responder.fail(self._end.code, self._end.sentence)
+            else:
+                self._refuse(responder, error.code, str(error))
         else:
             if request.finish:
                 self._tail = responder
@@ -223,6 +228,8 @@ class HostedSession:
             raise
         except BusyError as error:
             raise ServingError(StatusCode.UNAVAILABLE, str(error)) from error
+        except SessionClosedError as error:
+            raise ServingError(StatusCode.NOT_FOUND, str(error)) from error
         except FramesinkError as error:
             raise ServingError(StatusCode.INVALID_ARGUMENT, str(error)) from error
 
@@ -237,6 +244,9 @@ class HostedSession:
         self._finish_up(self._end or end)
 
     def _route(self, event: Event) -> None:
+        if event.final:
+            # Clients that are gone by now are looked for before they are said to be answered.
+            self._look_for_client(time.monotonic())
         responder = self._answers.get(event.turn)
         gone = event.turn in self._answers and responder is None
         if event.final:
@@ -314,19 +324,22 @@ class HostedSession:
         self._log.info("A request was refused (%s): %s", code, sentence)
         responder.fail(code, sentence)
 
-    def _drop_cancelled(self) -> list[Responder]:
-        """Answer requests that were cancelled; their events go nowhere from now on."""
+    def _look_for_client(self, now: float) -> None:
+        """Answer requests that were cancelled; their events go nowhere from now on.
+
+        They mean that the client is gone, unless another request has come since, on a new
+        connection.
+        """
         waiting = [*self._answers.values(), self._tail]
         distinct = {id(each): each for each in waiting if each is not None}.values()
         cancelled = [responder for responder in distinct if responder.cancelled]
+        if not cancelled:
+            return
         for responder in cancelled:
             responder.fail(StatusCode.CANCELLED, "The request was cancelled.")
         for turn, answer in self._answers.items():
             self._answers[turn] = None if answer in cancelled else answer
         if self._tail in cancelled:
             self._tail = None
-        return cancelled
-
-    def _client_is_gone(self, cancelled: list[Responder], lately: float) -> bool:
-        """Whether cancelled requests mean that: not if another has come on a new connection."""
-        return bool(cancelled) and (self._latest in cancelled or self._latest_at < lately)
+        if self._latest in cancelled or self._latest_at < now - 2 * POLL_SECONDS:
+            self._abandoned_at = now

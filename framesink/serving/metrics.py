@@ -49,6 +49,7 @@ class ServingMetrics:
         def histogram(name: str, meaning: str, buckets: Sequence[float] = SECONDS) -> Write:
             return sink.histogram(f"framesink_{name}", meaning, buckets)
 
+        self._sink = sink  # Triton's metrics are gone as soon as nobody holds their families
         self._lock = threading.Lock()
         self._added: dict[Write, float] = {}
         self._set: dict[Write, float] = {}

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from framesink.runtime.engine import StreamingEngine
 from framesink.serving import session_end
 from framesink.serving.errors import ServingError, StatusCode
-from framesink.serving.hosted_session import HostedSession, Surroundings
+from framesink.serving.hosted_session import POLL_SECONDS, HostedSession, Surroundings
 from framesink.serving.metrics import ServingMetrics
 from framesink.serving.options import ServeOptions
 from framesink.serving.parameters import read_opening
@@ -25,7 +25,6 @@ from framesink.serving.requests import RawRequest, SessionRequest, read_request
 from framesink.serving.responder import Responder
 from framesink.serving.session_end import End
 
-POLL_SECONDS = 0.1
 REPORT_SECONDS = 1.0
 FAREWELL_SECONDS = 1.0
 CLOSING_SECONDS = 5.0
@@ -96,6 +95,7 @@ class SessionHost:
         self._thread.join()
         self._workers.shutdown()
         self._engine.close()
+        self._reporter.submit(self._metrics.flush)
         self._reporter.shutdown()
 
     def _receive(self, raw: RawRequest, responder: Responder) -> None:
@@ -176,7 +176,7 @@ class SessionHost:
     def _check(self) -> None:
         now = time.monotonic()
         for session in list(self._sessions.values()):
-            session.check(now, POLL_SECONDS)
+            session.check(now)
         self._draining = self._draining or self._is_draining()
         if self._draining:
             self._drain()

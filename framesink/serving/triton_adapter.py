@@ -148,12 +148,12 @@ class TritonResponder:
 
 
 class TritonMetricSink:
-    """See `framesink.serving.metrics.MetricSink`."""
+    """See `framesink.serving.metrics.MetricSink`. Metrics live as long as their sink."""
 
     def __init__(self, pb_utils: Any) -> None:
         self._pb_utils = pb_utils
         self._families: dict[str, Any] = {}
-        self._metrics: list[Any] = []  # what is not held here leaves the server's list
+        self._metrics: list[Any] = []
 
     def counter(self, name: str, meaning: str, labels: Mapping[str, str]) -> Write:
         """See MetricSink."""
