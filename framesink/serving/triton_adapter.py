@@ -81,8 +81,13 @@ def event_tensors(pb_utils: Any, event: Event) -> list[Any]:
 
 
 def make_error(pb_utils: Any, code: StatusCode, sentence: str) -> Any:
-    """An error of Triton's."""
-    return pb_utils.TritonError(sentence, getattr(pb_utils.TritonError, code.value))
+    """An error of Triton's.
+
+    The sentence ends with the status in brackets: on a stream, Triton tells the client the status
+    only if it asks for it by a header that this version of the server does not survive.
+    """
+    triton_code = getattr(pb_utils.TritonError, code.value)
+    return pb_utils.TritonError(f"{sentence} [{code.name}]", triton_code)
 
 
 def respond(pb_utils: Any, requests: Iterable[Any], model: str, answer: Any) -> list[Any]:
