@@ -65,7 +65,7 @@ class SessionLink:
         self._lock = threading.Lock()
         self._probing = threading.Lock()
         self._closing = threading.Event()
-        self._finishing = False
+        self._finishing = self._finished = False
         self._stream: RequestStream | None = None
         self._cause: ClientError | None = None
         self._pending: dict[str, Pending] = {}
@@ -164,7 +164,7 @@ class SessionLink:
                 raise SessionClosedError("The session was closed; open another.")
             if not self.flow.ended:
                 return
-            self._finishing = False
+            self._finishing = self._finished = False
             self.flow.pause()
         self._reattach(time.monotonic(), time.monotonic() + self.settings.reconnect_seconds, [])
 
@@ -180,6 +180,9 @@ class SessionLink:
             last = response.final or response.error is not None
             if last:
                 del self._pending[response.request_id]
+                self._finished |= pending.request.end and response.error is None
+            # An ensemble may answer the last request before the last replies are through it.
+            over = self._finished and not self._pending
             event = response.event
             if event is not None:
                 event = self._replies.take(pending, event)
@@ -198,8 +201,8 @@ class SessionLink:
             self._refused(stream, pending, response.error.sentence)
         elif last:
             self.flow.return_places(pending.holds_place)
-            if pending.request.end:
-                self._end()
+        if over:
+            self._end()
 
     def broke(self, stream: RequestStream, error: ClientError) -> None:
         """See Receiver."""
@@ -209,6 +212,9 @@ class SessionLink:
             self._stream = None
             cause, self._cause = self._cause or error, None
             lost = self._take_pending()
+            if self._finished:
+                self.flow.end()
+                return
             self.flow.pause()
         now = time.monotonic()
         try:
@@ -263,7 +269,11 @@ class SessionLink:
             stream = self._stream
             oldest = min((pending.sent_at for pending in self._pending.values()), default=now)
             silent = now - max(oldest, self._heard_at)
+            finished = self._finished
         if stream is None or silent < self.settings.quiet_seconds:
+            return
+        if finished:
+            self._end()
             return
         if not self._probing.acquire(blocking=False):
             return
