@@ -5,7 +5,12 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from framesink.calibration.videos import DEFAULT_MINIMUM_CHUNKS, find_videos, open_streams
+from framesink.calibration.videos import (
+    DEFAULT_MINIMUM_CHUNKS,
+    VIDEO_SUFFIXES,
+    find_videos,
+    open_streams,
+)
 from framesink.runtime.errors import VideoError
 from framesink.runtime.preprocess import PreprocessConfig
 from framesink.runtime.video import Chunk
@@ -76,11 +81,11 @@ def choose_videos(given: Sequence[Path], checkpoints: Sequence[Path]) -> tuple[P
     """The videos given (files, or folders of them), else those that the first of `checkpoints` to
     have any brings in its folder `calibration`, else none.
 
-    Raises VideoError for a folder without videos.
+    Raises VideoError for a given folder without videos.
     """
-    own = [directory / CALIBRATION_FOLDER for directory in checkpoints]
-    folders = [folder for folder in own if folder.is_dir()][:1]
-    return tuple(find_videos(given or folders))
+    folders = (directory / CALIBRATION_FOLDER for directory in checkpoints)
+    own = [folder for folder in folders if _holds_video(folder)]
+    return tuple(find_videos(given or own[:1]))
 
 
 def divide_footage(
@@ -144,3 +149,9 @@ def _from_zero(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
         begin = chunk.t0 if begin is None else begin
         times = tuple(time - begin for time in chunk.timestamps)
         yield replace(chunk, t0=chunk.t0 - begin, t1=chunk.t1 - begin, timestamps=times)
+
+
+def _holds_video(folder: Path) -> bool:
+    return folder.is_dir() and any(
+        file.suffix.lower() in VIDEO_SUFFIXES for file in folder.iterdir()
+    )

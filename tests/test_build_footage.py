@@ -148,6 +148,8 @@ def test_a_checkpoint_may_bring_its_own_video(tmp_path: Path) -> None:
     given_video = _write_video(tmp_path / "given.avi", 1)
     assert choose_videos([], [bare]) == ()
     assert choose_videos([], [bare, own]) == (video,)
+    assert choose_videos([], [other, own]) == (video,)
+    assert choose_videos([], [other]) == ()
     assert choose_videos([given_video], [own]) == (given_video,)
     with pytest.raises(VideoError, match="holds no video"):
-        choose_videos([], [other])
+        choose_videos([other], [own])

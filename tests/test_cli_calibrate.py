@@ -10,6 +10,7 @@ from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
 
 from framesink.calibration.recipe import Recipe
+from framesink.calibration.videos import DEFAULT_CHUNKS
 from framesink.cli.main import framesink
 from framesink.runtime.models.checkpoint import Checkpoint
 from framesink.runtime.models.quantization import CacheScheme, LinearScheme
@@ -58,6 +59,12 @@ def statistics(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     kept, output = directory / "statistics", directory / "int8"
     precisions = ("--precision", "int8", "--kv-precision", "int8")
     return kept, output, run(model, "-o", output, *precisions, "--statistics", kept, *FEW)
+
+
+@pytest.mark.parametrize("command", ["build", "calibrate"])
+def test_help_tells_how_many_chunks_are_watched(command: str) -> None:
+    text = CliRunner().invoke(framesink, [command, "--help"]).stdout
+    assert f"[default: {DEFAULT_CHUNKS}]" in " ".join(text.split())
 
 
 def test_a_checkpoint_is_observed_and_quantized(
