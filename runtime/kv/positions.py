@@ -1,6 +1,6 @@
-"""Places inside spans and the bases spans stand at: contiguous M-RoPE without rewriting anything.
+"""Places of tokens and the bases of spans: contiguous M-RoPE without rewriting anything.
 
-A token's position is its span's base plus its place inside the span. Source of the rule: Qwen2-VL
+A token's position is its span's base plus its own place. Source of the rule: Qwen2-VL
 (arXiv 2409.12191) `get_rope_index`, as StreamingVLM (arXiv 2510.09608) applies it to the retained
 tokens: text counts up on all three axes, a video grid starts where the text before it ends, and the
 text after it continues at the largest position + 1.

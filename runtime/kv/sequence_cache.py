@@ -73,9 +73,14 @@ class SequenceCache:
         self._set([*self._spans, *spans])
 
     def append(self, span: Span) -> None:
-        """Add a span without rows to the end of the list."""
+        """Add a span without rows to the end of the list.
+
+        Its places become the positions it has now, so that the spans of a turn share one base until
+        something before or between them leaves: attention reads rows of one base together.
+        """
+        span = span.moved_places(self._following - span.start_place)
         self._spans.append(span)
-        self._bases.append(self._following - span.start_place)
+        self._bases.append(0)
         self._following += span.advance
 
     def extend_last(self, tokens: Sequence[int]) -> None:

@@ -40,12 +40,12 @@ class SpanPart(StrEnum):
 class Span:
     """One immutable run of tokens.
 
-    `tokens` int32 `[n]`. `places` int32 `[3, n]`: where each token stands inside the span on the
-    M-RoPE axes (t, h, w); they never change, so a span cut out of another begins at a place above
-    0. `end_place` is the place the next span's first token continues from. `slots` int32 `[m]`,
-    m ≤ n: where the K/V rows of the first m tokens lie; the others are not written yet. `turn` is
-    the turn the span belongs to, PREFIX_TURN (-1) for what precedes all turns. `t0` and `t1` are
-    the seconds of video time it is about.
+    `tokens` int32 `[n]`. `places` int32 `[3, n]`: where each token stands on the M-RoPE axes
+    (t, h, w), counted from anywhere; once its row is written a place never changes. `end_place` is
+    the place the next span's first token continues from. `slots` int32 `[m]`, m ≤ n: where the K/V
+    rows of the first m tokens lie; the others are not written yet. `turn` is the turn the span
+    belongs to, PREFIX_TURN (-1) for what precedes all turns. `t0` and `t1` are the seconds of video
+    time it is about.
     """
 
     kind: SpanKind
@@ -75,6 +75,14 @@ class Span:
     def unwritten(self) -> int:
         """Number of tokens at its end that have no K/V row yet."""
         return self.tokens.size - self.slots.size
+
+    def moved_places(self, offset: int) -> "Span":
+        """An unwritten span whose places are counted from `offset` places before."""
+        if self.slots.size:
+            raise ValueError("the places of written rows never change")
+        return replace(
+            self, places=self.places + np.int32(offset), end_place=self.end_place + offset
+        )
 
     def with_slots(self, slots: Int32Array) -> "Span":
         """The same span with the next `len(slots)` tokens written."""
