@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGED_FOLDERS = ("build", "calibration", "framesink", "runtime")
+PACKAGED_FOLDERS = ("build", "calibration", "framesink", "runtime", "triton_repo")
 PROJECT_FILES = ("pyproject.toml", "setup.cfg", "README.md", "LICENSE")
 
 
@@ -59,7 +59,7 @@ def _expected_modules() -> set[str]:
     }
     linked = {
         f"framesink/{path.relative_to(ROOT).as_posix()}"
-        for folder in ("build", "calibration", "runtime")
+        for folder in ("build", "calibration", "runtime", "triton_repo")
         for path in (ROOT / folder).rglob("*.py")
     }
     return below_framesink | linked

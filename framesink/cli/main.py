@@ -22,6 +22,7 @@ COMMANDS = {
     "inspect": ("framesink.cli.inspect:inspect", "Show what an engine bundle holds."),
     "verify": ("framesink.cli.verify:verify", "Check an engine bundle."),
     "stream": ("framesink.cli.stream:stream", "Caption a live video in the terminal."),
+    "serve": ("framesink.cli.serve:serve", "Serve live sessions over gRPC."),
     "bench": ("framesink.cli.bench:bench", "Measure an engine bundle."),
 }
 

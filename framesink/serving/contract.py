@@ -13,6 +13,11 @@ LANGUAGE_MODEL = "language_model"
 POSTPROCESS = "postprocess"
 STREAMING_VLM = "streaming_vlm"
 
+# By this gRPC header a client asks Triton for errors as the status of its stream. tritonserver 2.51
+# crashes on it after some errors, so it is handed to the models as a request parameter, and a
+# request that has it is refused by an event of kind `error`.
+STATUS_HEADER = "triton_grpc_error"
+
 DataType = Literal["BOOL", "UINT8", "INT32", "INT64", "FP32", "FP64", "BYTES"]
 ParameterType = Literal["string", "integer", "number", "boolean"]
 Moment = Literal["start", "any", "end"]
@@ -95,8 +100,14 @@ CHUNK = Tensor(
     "CHUNK",
     "FP64",
     ("chunk",),
-    "begin and end of the chunk in seconds of video time (both NaN where the request named "
-    "none), and its number of frames; empty without frames",
+    "begin and end of the chunk in seconds of video time (NaN for what the request did not name) "
+    "and its number of frames; empty without frames",
+)
+REFUSAL = Tensor(
+    "REFUSAL",
+    "BYTES",
+    ("refusals",),
+    "none, or why the chunk cannot be used: a status and a sentence, for the language model to say",
 )
 EMBEDDINGS = Tensor("EMBEDDINGS", "FP32", ("tokens", HIDDEN), "one row per vision token")
 
@@ -113,6 +124,8 @@ TOKENS = Tensor(
 )
 
 CHUNK_INPUTS = (FRAMES, RAW_FRAMES, TIMESTAMPS, CHUNK_SPAN)
+PREPROCESSED = (PATCHES, GRID, CHUNK, REFUSAL)
+ENCODED = (EMBEDDINGS, GRID, CHUNK, REFUSAL)
 EVENT_OUTPUTS = (TEXT, WORDS, KIND, VIDEO_SPAN, TURN, LAG, FINAL, ASKED, TOKENS)
 
 
@@ -121,12 +134,12 @@ def _optional(tensor: Tensor) -> Tensor:
 
 
 MODELS: tuple[Model, ...] = (
-    Model(PREPROCESS, "frames to patches", CHUNK_INPUTS, (PATCHES, GRID, CHUNK)),
+    Model(PREPROCESS, "frames to patches", CHUNK_INPUTS, PREPROCESSED),
     Model(VISION_ENCODER, "patches to embeddings", (PATCHES, GRID), (EMBEDDINGS,)),
     Model(
         LANGUAGE_MODEL,
         "sessions; takes frames itself, or what the two models before it made of them",
-        (*CHUNK_INPUTS, *(_optional(tensor) for tensor in (EMBEDDINGS, GRID, CHUNK)), QUESTION),
+        (*CHUNK_INPUTS, *(_optional(tensor) for tensor in ENCODED), QUESTION),
         EVENT_OUTPUTS,
         decoupled=True,
     ),

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
@@ -34,6 +34,7 @@ class ServeOptions(BaseModel):
     idle_seconds: PositiveFloat = 60.0
     resume_seconds: PositiveFloat = 10.0
     drain_seconds: PositiveFloat = 30.0
+    start_seconds: PositiveFloat = 600.0
     max_pending_chunks: PositiveInt = 4
     max_pending_questions: PositiveInt = 8
     max_frames: PositiveInt = 64
@@ -42,6 +43,13 @@ class ServeOptions(BaseModel):
     max_query_characters: PositiveInt = 8192
     max_question_characters: PositiveInt = 2048
     max_previous_text_characters: PositiveInt = 65_536
+
+    log_level: Literal["debug", "info", "warning", "error"] = "warning"
+
+    @property
+    def serves_ensemble(self) -> bool:
+        """Whether the ensemble is served; TensorRT-LLM takes no embeddings from outside."""
+        return self.ensemble and self.executor != "tensorrt_llm"
 
     @model_validator(mode="after")
     def _check_tls(self) -> Self:
