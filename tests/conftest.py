@@ -1,7 +1,7 @@
 """Fixtures shared by all tests: a tiny checkpoint and the engine bundle built from it."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ import pytest
 from reference.tiny_checkpoint import write_tiny_checkpoint
 
 if TYPE_CHECKING:
+    from serving_server import RunningServer
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     from framesink.runtime.manifest import ComputeType
@@ -68,3 +69,26 @@ def tiny_bundle_with_pages(
 def tiny_bundle(tiny_bundle_with_pages: Callable[..., Path]) -> Path:
     """The engine bundle of the tiny checkpoint with pages of 16 rows."""
     return tiny_bundle_with_pages(16)
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The engine bundle of the demo model, without plans, for up to 48 sessions."""
+    from framesink.build.options import BuildOptions
+    from framesink.build.pipeline import build_bundle
+    from framesink.build.reporter import SilentReporter
+
+    model = Path(__file__).parents[1] / "demo" / "model"
+    output = tmp_path_factory.mktemp("demo") / "bundle"
+    build_bundle(BuildOptions(model, output, plans=False, max_streams=48), SilentReporter())
+    return output
+
+
+@pytest.fixture(scope="session")
+def demo_server(demo_bundle: Path) -> "Iterator[RunningServer]":
+    """A Triton Inference Server with the demo bundle. Tests that end it start their own."""
+    pytest.importorskip("pytriton", reason="nvidia-pytriton carries the server")
+    from serving_server import start_server
+
+    with start_server(demo_bundle) as server:
+        yield server
