@@ -28,6 +28,7 @@ from framesink.serving.requests import (
     SessionRequest,
     prepare_chunk,
     read_request,
+    write_refusal,
 )
 
 OPTIONS = ServeOptions(
@@ -179,6 +180,16 @@ def test_embeddings_come_with_their_grid_and_times() -> None:
         ({"FRAMES": files()}, "not both"),
     ]:
         assert said in refused(raw(embedded(**changes)))  # type: ignore[arg-type]
+
+
+def test_what_preprocess_refuses_is_refused_with_its_status() -> None:
+    refusal = write_refusal(ServingError(StatusCode.UNSUPPORTED, "Frames of ü are not taken."))
+    request = raw({"REFUSAL": texts(refusal)})
+    assert read(request).has_chunk
+    assert refused(request, StatusCode.UNSUPPORTED) == "Frames of ü are not taken."
+    assert not read(raw({"REFUSAL": texts()})).has_chunk
+    for forged in (b"", b"\xff\xff", b"GONE Away.", b"NOT_FOUND"):
+        assert "not as preprocess makes it" in refused(raw({"REFUSAL": texts(forged)}))
 
 
 @pytest.mark.parametrize(

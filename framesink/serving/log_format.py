@@ -26,13 +26,13 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
-def configure_logging(stream: TextIO, level: int = logging.INFO) -> None:
-    """Send framesink's log records to `stream` as JSON lines, and nowhere else."""
+def configure_logging(stream: TextIO, level: str = "info") -> None:
+    """Send framesink's log records from `level` on to `stream` as JSON lines, and nowhere else."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter())
     logger = logging.getLogger("framesink")
     logger.handlers = [handler]
-    logger.setLevel(level)
+    logger.setLevel(level.upper())
     logger.propagate = False
 
 

@@ -7,16 +7,16 @@ import logging
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import cv2
-import numpy as np
 
 from framesink.runtime.arrays import Float32Array
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.detokenizer import Detokenizer
 from framesink.runtime.engine import StreamingEngine
+from framesink.runtime.errors import FramesinkError
 from framesink.runtime.events import EventKind
 from framesink.runtime.executors import create_vision_encoder
 from framesink.runtime.preprocess import Grid, frames_to_patches
@@ -28,20 +28,20 @@ from framesink.serving.metrics import ServingMetrics
 from framesink.serving.options import ModelContext
 from framesink.serving.requests import (
     RawRequest,
+    has_frames,
     read_frames,
     read_grid,
     read_times,
     require_timestamps,
+    write_refusal,
 )
 from framesink.serving.run_directory import EngineReport, RunDirectory
 from framesink.serving.session_host import SessionHost
 from framesink.serving.triton_adapter import (
+    StatelessModel,
     TritonMetricSink,
     TritonResponder,
-    input_or,
-    make_tensor,
     read_raw_request,
-    respond,
 )
 
 EXIT_ENGINE_FAILED = 70
@@ -51,74 +51,90 @@ REMEMBERED_REPLIES = 4096
 _log = logging.getLogger(__name__)
 
 
+_Served = TypeVar("_Served")
+
+
+def load_model(model: Callable[[Any, str], _Served], pb_utils: Any, model_config: str) -> _Served:
+    """A model of this module, from the JSON that Triton hands to `initialize` as `model_config`.
+
+    What keeps it from loading is told to whoever started the server, and raised.
+    """
+    context = ModelContext.from_model_config(model_config)
+    configure_logging(sys.stderr, context.options.log_level)
+    try:
+        return model(pb_utils, model_config)
+    except Exception as error:
+        known = isinstance(error, FramesinkError)
+        sentence = str(error) if known else f"{type(error).__name__}: {error}"
+        RunDirectory(context.run_directory).report_failure(sentence)
+        raise
+
+
 def _prepare_process(model_config: str) -> tuple[ModelContext, Bundle]:
-    configure_logging(sys.stderr)
     cv2.setNumThreads(1)  # requests run side by side; each needs one core
     context = ModelContext.from_model_config(model_config)
     # Whoever started the server has compared the files with their hashes.
     return context, Bundle.open(context.bundle, check="sizes")
 
 
-class PreprocessModel:
+class PreprocessModel(StatelessModel):
     """Frames to patches."""
 
     def __init__(self, pb_utils: Any, model_config: str) -> None:
         """`model_config` is the JSON that `initialize` is given."""
         context, bundle = _prepare_process(model_config)
-        self._pb_utils = pb_utils
         self._config = bundle.manifest.preprocess
         self._limits = FrameLimits.of(context.options, bundle.manifest.limits.max_patches)
+        sizes = {contract.PATCH_DIM: self._config.patch_dim}
+        super().__init__(pb_utils, contract.PREPROCESS, sizes)
 
-    def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """One response for each request."""
-        return respond(self._pb_utils, requests, contract.PREPROCESS, self._answer)
+    def answer(self, raw: RawRequest) -> Mapping[contract.Tensor, Any]:
+        """See StatelessModel. Frames that cannot be used are for the language model to refuse."""
+        try:
+            return self._preprocess(raw)
+        except ServingError as error:
+            return {contract.REFUSAL: [write_refusal(error)]}
 
-    def _answer(self, raw: RawRequest) -> list[Any]:
-        patches = np.empty((0, self._config.patch_dim), np.float32)
-        grids: list[list[int]] = []
-        chunk: list[float] = []
-        if any(values.size for name, values in raw.inputs.items() if name.endswith("FRAMES")):
-            times, timestamps = read_times(raw.inputs)
-            frames = read_frames(raw.inputs, self._limits, self._config)
-            require_timestamps(timestamps, len(frames))
-            patches, grid = frames_to_patches(frames, self._config)
-            grids.append([grid.t, grid.h, grid.w])
-            chunk = [times.t0, times.t1, len(frames)]
-        return [
-            make_tensor(self._pb_utils, contract.PATCHES, patches),
-            make_tensor(self._pb_utils, contract.GRID, np.reshape(grids, (-1, 3))),
-            make_tensor(self._pb_utils, contract.CHUNK, chunk),
-        ]
+    def _preprocess(self, raw: RawRequest) -> Mapping[contract.Tensor, Any]:
+        if not has_frames(raw.inputs):
+            return {}
+        times, timestamps = read_times(raw.inputs)
+        frames = read_frames(raw.inputs, self._limits, self._config)
+        require_timestamps(timestamps, len(frames))
+        patches, grid = frames_to_patches(frames, self._config)
+        return {
+            contract.PATCHES: patches,
+            contract.GRID: [[grid.t, grid.h, grid.w]],
+            contract.CHUNK: [times.t0, times.t1, len(frames)],
+        }
 
     def close(self) -> None:
         """There is nothing to free."""
 
 
-class VisionEncoderModel:
+class VisionEncoderModel(StatelessModel):
     """Patches to embeddings."""
 
     def __init__(self, pb_utils: Any, model_config: str) -> None:
         """`model_config` is the JSON that `initialize` is given."""
         context, bundle = _prepare_process(model_config)
-        options = context.options
-        self._pb_utils = pb_utils
-        self._config = bundle.manifest.preprocess
-        self._max_patches = bundle.manifest.limits.max_patches
-        self._hidden_size = bundle.manifest.model.text.hidden_size
+        options, manifest = context.options, bundle.manifest
+        self._config = manifest.preprocess
+        self._max_patches = manifest.limits.max_patches
         self._encoder = create_vision_encoder(bundle, options.executor, threads=options.threads)
+        sizes = {contract.HIDDEN: manifest.model.text.hidden_size}
+        super().__init__(pb_utils, contract.VISION_ENCODER, sizes)
 
-    def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """One response for each request."""
-        return respond(self._pb_utils, requests, contract.VISION_ENCODER, self._answer)
-
-    def _answer(self, raw: RawRequest) -> list[Any]:
-        grid = read_grid(input_or(raw, contract.GRID, np.empty((0, 3), np.int32)))
-        patches = input_or(raw, contract.PATCHES, np.empty((0, self._config.patch_dim), np.float32))
-        embeddings = np.empty((0, self._hidden_size), np.float32)
-        if grid is not None:
-            self._require_patches(patches, grid)
-            embeddings = self._encoder.encode_vision(patches, grid)
-        return [make_tensor(self._pb_utils, contract.EMBEDDINGS, embeddings)]
+    def answer(self, raw: RawRequest) -> Mapping[contract.Tensor, Any]:
+        """See StatelessModel."""
+        patches, grids = (raw.inputs.get(t.name) for t in (contract.PATCHES, contract.GRID))
+        if patches is None or grids is None:
+            raise ServingError(StatusCode.INVALID_ARGUMENT, "PATCHES or GRID is missing.")
+        grid = read_grid(grids)
+        if grid is None:
+            return {}
+        self._require_patches(patches, grid)
+        return {contract.EMBEDDINGS: self._encoder.encode_vision(patches, grid)}
 
     def _require_patches(self, patches: Float32Array, grid: Grid) -> None:
         merge = self._config.merge_size
@@ -191,21 +207,18 @@ class LanguageModel:
         self._host.close()
 
 
-class PostprocessModel:
+class PostprocessModel(StatelessModel):
     """Token ids to text, reply by reply."""
 
     def __init__(self, pb_utils: Any, model_config: str) -> None:
         """`model_config` is the JSON that `initialize` is given."""
         _, bundle = _prepare_process(model_config)
-        self._pb_utils = pb_utils
         self._tokenizer = bundle.tokenizer()
         self._replies: OrderedDict[tuple[int | str, int], Detokenizer] = OrderedDict()
+        super().__init__(pb_utils, contract.POSTPROCESS, {})
 
-    def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """One response for each request."""
-        return respond(self._pb_utils, requests, contract.POSTPROCESS, self._answer)
-
-    def _answer(self, raw: RawRequest) -> list[Any]:
+    def answer(self, raw: RawRequest) -> Mapping[contract.Tensor, Any]:
+        """See StatelessModel. What is no reply has its text already."""
         missing = [t.name for t in contract.EVENT_OUTPUTS if t.name not in raw.inputs]
         if missing:
             raise ServingError(StatusCode.INVALID_ARGUMENT, f"{', '.join(missing)} is missing.")
@@ -215,7 +228,7 @@ class PostprocessModel:
         kind = bytes(outputs[contract.KIND].reshape(-1)[0]).decode()
         if kind not in (EventKind.ERROR, EventKind.DEGRADED):
             outputs[contract.TEXT] = [self._text(raw).encode()]
-        return [make_tensor(self._pb_utils, tensor, value) for tensor, value in outputs.items()]
+        return outputs
 
     def _text(self, raw: RawRequest) -> str:
         """The piece of text that the words of this response complete."""

@@ -115,10 +115,8 @@ def read_request(raw: RawRequest, options: ServeOptions) -> SessionRequest:
     session = read_session_id(raw)
     parameters = read_parameters(raw.parameters, start=raw.start, end=raw.end)
     question = _question(raw.inputs, options)
-    has_chunk = any(
-        _filled(raw.inputs, tensor)
-        for tensor in (contract.FRAMES, contract.RAW_FRAMES, contract.EMBEDDINGS)
-    )
+    encoded = (contract.EMBEDDINGS, contract.REFUSAL)
+    has_chunk = has_frames(raw.inputs) or any(_filled(raw.inputs, tensor) for tensor in encoded)
     finish = bool(parameters.get("finish")) or has_chunk or question is not None
     return SessionRequest(
         session=session,
@@ -150,6 +148,8 @@ def prepare_chunk(
     Raises ServingError (INVALID_ARGUMENT) for a chunk that cannot be used.
     """
     inputs = request.inputs
+    if _filled(inputs, contract.REFUSAL):
+        raise read_refusal(inputs[contract.REFUSAL.name])
     if _filled(inputs, contract.EMBEDDINGS):
         embedded = _embedded_chunk(inputs)
         times = embedded.times.within(clock)
@@ -184,6 +184,11 @@ def read_frames(inputs: Inputs, limits: FrameLimits, config: PreprocessConfig) -
     return check_raw_frames(raw, limits, config)
 
 
+def has_frames(inputs: Inputs) -> bool:
+    """Whether a request came with frames, encoded or raw."""
+    return _filled(inputs, contract.FRAMES) or _filled(inputs, contract.RAW_FRAMES)
+
+
 def read_times(inputs: Inputs) -> tuple[Times, list[float]]:
     """The times of a request's chunk, and its frames' timestamps, both as far as it has them.
 
@@ -214,10 +219,24 @@ def read_grid(values: AnyArray) -> Grid | None:
     return Grid(*(int(value) for value in values[0])) if len(values) else None
 
 
+def write_refusal(refusal: ServingError) -> bytes:
+    """What a REFUSAL tensor holds: preprocessing leaves it to the language model to refuse, which
+    knows the session."""
+    return f"{refusal.code.name} {refusal}".encode()
+
+
+def read_refusal(values: AnyArray) -> ServingError:
+    """The error in a REFUSAL tensor. Raises ServingError for one that holds none."""
+    text = _byte_strings(values, "REFUSAL")[0].decode(errors="replace")
+    name, _, sentence = text.partition(" ")
+    if name not in StatusCode.__members__ or not sentence:
+        raise _refusal("REFUSAL is not as preprocess makes it.")
+    return ServingError(StatusCode[name], sentence)
+
+
 def _embedded_chunk(inputs: Inputs) -> EmbeddedChunk:
-    for tensor in (contract.FRAMES, contract.RAW_FRAMES):
-        if _filled(inputs, tensor):
-            raise _refusal("A request has frames or EMBEDDINGS, not both.")
+    if has_frames(inputs):
+        raise _refusal("A request has frames or EMBEDDINGS, not both.")
     empty = np.empty((0, 3), np.int32)
     grid = read_grid(inputs.get(contract.GRID.name, empty))
     chunk = inputs.get(contract.CHUNK.name, np.empty(0))

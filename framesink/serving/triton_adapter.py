@@ -5,18 +5,24 @@ processes; it is handed in, so that everything here can be imported anywhere.
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from framesink.runtime.arrays import AnyArray
-from framesink.runtime.events import Event
+from framesink.runtime.events import Event, EventKind
 from framesink.serving import contract
 from framesink.serving.errors import ServingError, StatusCode
 from framesink.serving.metrics import Write
 from framesink.serving.requests import RawRequest
 
+# A header by which a client asks for the gRPC status of an error. Tritonserver 2.51 does not
+# survive telling it (a segmentation fault, seen after 7 to 800 errors of models). So the server
+# hands the header on as a parameter, and a request that has it is never answered with an error.
+STATUS_HEADER = "triton_grpc_error"
+NO_TURN = -1
 SEQUENCE_START = 1
 SEQUENCE_END = 2
 
@@ -90,26 +96,55 @@ def make_error(pb_utils: Any, code: StatusCode, sentence: str) -> Any:
     return pb_utils.TritonError(f"{sentence} [{code.name}]", triton_code)
 
 
-def respond(pb_utils: Any, requests: Iterable[Any], model: str, answer: Any) -> list[Any]:
-    """One response for each request of a model that is not decoupled.
+def asks_for_status(request: Any) -> bool:
+    """Whether a request came with the header that must not be answered with an error."""
+    return f'"{STATUS_HEADER}"' in request.parameters()
 
-    `answer` makes the output tensors of a RawRequest. A request it cannot answer is answered with
-    an error and costs the others nothing.
-    """
-    responses = []
-    for request in requests:
+
+class StatelessModel(ABC):
+    """A model whose requests are answered one by one, each with one response."""
+
+    def __init__(self, pb_utils: Any, name: str, sizes: Mapping[str, int]) -> None:
+        """`sizes` are those of the contract's dimensions that the bundle decides."""
+        self._pb_utils = pb_utils
+        self._model = contract.model(name)
+        self._sizes = dict(sizes)
+
+    @abstractmethod
+    def answer(self, raw: RawRequest) -> Mapping[contract.Tensor, Any]:
+        """The outputs for a request. Raises ServingError for one that cannot be answered."""
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """One response for each request; one that cannot be answered costs the others nothing."""
+        return [self._respond(request) for request in requests]
+
+    def _respond(self, request: Any) -> Any:
         try:
-            tensors = answer(read_raw_request(request, model))
-            responses.append(pb_utils.InferenceResponse(output_tensors=tensors))
+            outputs = self.answer(read_raw_request(request, self._model.name))
+            return self._response(outputs)
         except ServingError as error:
-            refusal = make_error(pb_utils, error.code, str(error))
-            responses.append(pb_utils.InferenceResponse(error=refusal))
-        except Exception as error:  # it is this request's alone
-            _log.exception("A request of %s could not be answered", model)
+            refusal = error
+        except Exception as error:
+            _log.exception("A request of %s could not be answered", self._model.name)
             sentence = f"The request could not be answered ({type(error).__name__})."
-            refusal = make_error(pb_utils, StatusCode.INTERNAL, sentence)
-            responses.append(pb_utils.InferenceResponse(error=refusal))
-    return responses
+            refusal = ServingError(StatusCode.INTERNAL, sentence)
+        if asks_for_status(request):
+            return self._response({})
+        triton_error = make_error(self._pb_utils, refusal.code, str(refusal))
+        return self._pb_utils.InferenceResponse(error=triton_error)
+
+    def _response(self, outputs: Mapping[contract.Tensor, Any]) -> Any:
+        """A response; outputs that are left out are empty."""
+        tensors = [
+            make_tensor(self._pb_utils, tensor, outputs.get(tensor, self._empty(tensor)))
+            for tensor in self._model.outputs
+        ]
+        return self._pb_utils.InferenceResponse(output_tensors=tensors)
+
+    def _empty(self, tensor: contract.Tensor) -> AnyArray:
+        shape = [max(0, size) for size in tensor.dims(self._sizes)]
+        dtype = _DTYPES[tensor.data_type]
+        return np.full(shape, b"" if dtype is np.object_ else 0, dtype)
 
 
 class TritonResponder:
@@ -118,6 +153,7 @@ class TritonResponder:
     def __init__(self, pb_utils: Any, request: Any) -> None:
         self._pb_utils = pb_utils
         self._sender = request.get_response_sender()
+        self._errors_as_events = asks_for_status(request)
         self._ended = False
 
     @property
@@ -137,7 +173,11 @@ class TritonResponder:
     def fail(self, code: StatusCode, sentence: str) -> None:
         """See Responder."""
         error = make_error(self._pb_utils, code, sentence)
-        self._send(self._pb_utils.InferenceResponse(error=error), last=True)
+        if self._errors_as_events:
+            event = Event(EventKind.ERROR, error.message(), 0.0, 0.0, NO_TURN, 0.0, final=True)
+            self.send(event, last=True)
+        else:
+            self._send(self._pb_utils.InferenceResponse(error=error), last=True)
 
     def _send(self, response: Any, *, last: bool) -> None:
         if self._ended:
@@ -188,8 +228,3 @@ class TritonMetricSink:
     def _keep(self, metric: Any) -> Any:
         self._metrics.append(metric)
         return metric
-
-
-def input_or(raw: RawRequest, tensor: contract.Tensor, default: AnyArray) -> AnyArray:
-    """An input tensor, or `default` where the request has none."""
-    return raw.inputs.get(tensor.name, default)

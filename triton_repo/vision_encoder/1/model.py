@@ -4,7 +4,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from framesink.serving.models import VisionEncoderModel
+from framesink.serving.models import VisionEncoderModel, load_model
 
 
 class TritonPythonModel:
@@ -12,7 +12,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load."""
-        self._model = VisionEncoderModel(pb_utils, args["model_config"])
+        self._model = load_model(VisionEncoderModel, pb_utils, args["model_config"])
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer requests."""
