@@ -1,6 +1,6 @@
 """Tables about bundles: what a build made, and what a bundle holds."""
 
-from rich.console import Console, JustifyMethod
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -11,9 +11,6 @@ from framesink.build.precision import scheme_name
 from framesink.build.reporter import BuildSummary
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.manifest import PART_NAMES, Manifest, PartSpec
-
-# Of the accuracy table: those that name a row.
-NAMING_COLUMNS = 3
 
 
 def print_build_summary(summary: BuildSummary, console: Console) -> None:
@@ -85,13 +82,13 @@ def format_bytes(size: int) -> str:
 
 def print_accuracy(table: AccuracyTable, console: Console) -> None:
     """What each choice of precision costs, and what that was measured on."""
-    heading, *rows = table.cells()
-    printed = Table(title="Accuracy", title_justify="left")
-    for number, name in enumerate(heading):
-        justify: JustifyMethod = "left" if number < NAMING_COLUMNS else "right"
-        printed.add_column(escape(name), justify=justify, overflow="fold")
-    for cells in rows:
-        printed.add_row(*(escape(cell) for cell in cells))
+    (_, _, *heading), *rows = table.cells()
+    printed = Table("precision", title="Accuracy", title_justify="left")
+    for name in heading:
+        printed.add_column(escape(name), justify="right", overflow="fold")
+    for language, vision, *cells in rows:
+        weights = language if vision == language else f"{language}, vision {vision}"
+        printed.add_row(*(escape(cell) for cell in (weights, *cells)))
     console.print(printed)
     for sentence in (table.description, *table.notes):
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)
