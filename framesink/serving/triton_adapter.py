@@ -18,10 +18,6 @@ from framesink.serving.errors import ServingError, StatusCode
 from framesink.serving.metrics import Write
 from framesink.serving.requests import RawRequest
 
-# A header by which a client asks for the gRPC status of an error. Tritonserver 2.51 does not
-# survive telling it (a segmentation fault, seen after 7 to 800 errors of models). So the server
-# hands the header on as a parameter, and a request that has it is never answered with an error.
-STATUS_HEADER = "triton_grpc_error"
 NO_TURN = -1
 SEQUENCE_START = 1
 SEQUENCE_END = 2
@@ -97,8 +93,12 @@ def make_error(pb_utils: Any, code: StatusCode, sentence: str) -> Any:
 
 
 def asks_for_status(request: Any) -> bool:
-    """Whether a request came with the header that must not be answered with an error."""
-    return f'"{STATUS_HEADER}"' in request.parameters()
+    """Whether a request came with the header after which no model may answer with an error.
+
+    The server hands it on as a parameter. Tritonserver 2.51 tells an error's status as asked for
+    and does not survive that (a segmentation fault, seen after 7 to 800 errors).
+    """
+    return f'"{contract.STATUS_HEADER}"' in request.parameters()
 
 
 class StatelessModel(ABC):
