@@ -1,5 +1,6 @@
 """What every precision would cost, simulated in torch over the checkpoint's own weights."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -8,7 +9,6 @@ import numpy as np
 from framesink.build.accuracy import AccuracyRow, AccuracyTable
 from framesink.build.estimate import weight_bytes
 from framesink.build.footage import Footage
-from framesink.build.precision import cache_precision, part_precision
 from framesink.calibration.agreement import Agreement, TurnAgreement, replay_turn
 from framesink.calibration.fake_quantization import FakeQuantization
 from framesink.calibration.observers import Observer
@@ -19,6 +19,7 @@ from framesink.calibration.statistics import Statistics
 from framesink.calibration.taps import SwitchedNumerics
 from framesink.calibration.torch_executor import DEFAULT_PAGE_SIZE, TorchExecutor
 from framesink.runtime.models.checkpoint import Checkpoint
+from framesink.runtime.models.quantization import LinearScheme
 from framesink.runtime.models.weights import model_weights
 
 METHOD = "every choice is simulated in torch in float32, with the scales measured for it"
@@ -73,7 +74,7 @@ class Comparison:
             chunks=len(turns),
             tokens=Agreement.of(replayed).tokens,
             rows=tuple(rows),
-            notes=(f"Calibrated on {self.statistics.source}.",),
+            notes=tuple(self._notes()),
         )
 
     def _recipes(self) -> list[Recipe]:
@@ -102,17 +103,26 @@ class Comparison:
         )
         return FakeQuantization(linears, simulate_cache(self.statistics, quantization.cache))
 
+    def _notes(self) -> Iterator[str]:
+        yield f"Calibrated on {self.statistics.source}."
+        int4 = Recipe(language_model="int4-weight-only", vision_encoder="int4-weight-only")
+        schemes = Counter(int4.resolve(self.checkpoint.config).linears.values())
+        held = schemes[LinearScheme.INT8_WEIGHT_ONLY]
+        if held:
+            yield (
+                f"Where INT4 is asked for, {held} of {schemes.total()} layers are held in INT8: "
+                "their inputs are no multiple of its groups."
+            )
+
     def _row(self, recipe: Recipe, turns: Sequence[TurnAgreement]) -> AccuracyRow:
         config = self.checkpoint.config
         quantization = recipe.resolve(config)
-        language = part_precision(config, quantization, "language_model", "float16")
         agreement = Agreement.of(turns)
+        language = recipe.language_model
         return AccuracyRow(
-            precision=f"{language} (recipe)"
-            if recipe == self.recipe and recipe.overrides
-            else language,
-            vision_precision=part_precision(config, quantization, "vision_encoder", "float16"),
-            kv_precision=cache_precision(quantization, "float16"),
+            precision=f"{language} (recipe)" if recipe.overrides else language,
+            vision_precision=recipe.vision_encoder,
+            kv_precision=recipe.kv_cache,
             kl=agreement.kl,
             median_kl=float(np.median([kl for turn in turns for kl in turn.kl])),
             worst_kl=agreement.worst_kl,

@@ -13,6 +13,7 @@ from framesink.calibration.samples import generate_chunks
 from framesink.cli.main import framesink
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.models.checkpoint import Checkpoint
+from framesink.runtime.models.quantization import INT4_GROUP, quantizable_linears
 
 pytest.importorskip("torch", reason="precisions are simulated in torch")
 
@@ -60,10 +61,8 @@ def test_every_precision_has_a_row(compared: Path, tiny_checkpoint: Path) -> Non
     table = read_accuracy(Bundle.open(compared))
     assert table is not None
     rows = {(row.precision, row.kv_precision) for row in table.rows}
-    # The tiny model's layers are no multiple of INT4's group, so they are held in INT8.
-    possible = LINEARS - {"int4-weight-only"}
-    assert rows == {(precision, cache) for precision in possible for cache in CACHES}
-    assert len(table.rows) == len(LINEARS) * len(CACHES)
+    assert rows == {(precision, cache) for precision in LINEARS for cache in CACHES}
+    assert len(table.rows) == len(rows)
     plain = _row(table, "fp16", "fp16")
     assert (plain.kl, plain.worst_kl, plain.top1) == (0.0, 0.0, 1.0)
     checkpoint = Checkpoint.open(tiny_checkpoint)
@@ -81,9 +80,8 @@ def test_the_simulation_tells_what_the_bundle_does(compared: Path) -> None:
     """The gate ran the real graphs in ONNX Runtime over the same held-back video."""
     table = read_accuracy(Bundle.open(compared))
     assert table is not None
-    # INT4 is held in INT8 here, and its row is the same.
-    row = next(r for r in table.rows if (r.precision, r.kv_precision) == MEASURED)
-    others = [r.kl for r in table.rows if (r.precision, r.kv_precision) != MEASURED]
+    row = _row(table, *MEASURED)
+    others = [other.kl for other in table.rows if other != row]
     measured = json.loads((compared / "verification.json").read_text())
     assert (table.source, table.chunks) == (measured["source"], measured["chunks"])
     assert table.tokens == measured["tokens"]
@@ -96,7 +94,17 @@ def test_nothing_calibrated_on_is_judged_on(compared: Path) -> None:
     table = read_accuracy(Bundle.open(compared))
     assert table is not None
     assert (table.source, table.chunks) == ("scene.avi from chunk 16", 8)
-    assert table.notes == ("Calibrated on scene.avi up to chunk 16.",)
+    assert table.notes[0] == "Calibrated on scene.avi up to chunk 16."
+
+
+def test_what_cannot_be_int4_is_told(compared: Path, tiny_checkpoint: Path) -> None:
+    table = read_accuracy(Bundle.open(compared))
+    assert table is not None
+    linears = quantizable_linears(Checkpoint.open(tiny_checkpoint).config)
+    asked = [shape for name, shape in linears.items() if ".layers." in name or ".blocks." in name]
+    held = sum(inputs % INT4_GROUP != 0 for _, inputs in asked)
+    assert 0 < held < len(asked)
+    assert f"{held} of {len(asked)} layers are held in INT8" in table.notes[1]
 
 
 def test_a_recipe_of_its_own_has_a_row_and_goes_into_the_bundle(
