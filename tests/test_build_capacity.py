@@ -137,3 +137,26 @@ def test_memory_is_what_the_control_group_leaves(
     assert available_memory(tmp_path / "root", tmp_path / "membership") == 500_000
     (directory / limit).write_text("max\n")
     assert available_memory(tmp_path / "root", tmp_path / "membership") > 1_000_000
+
+
+def test_the_rows_of_one_stream_are_reckoned_with() -> None:
+    """In float32, once where torch runs alone and once more for the bundle's own in the gate."""
+
+    def memory(context: int) -> dict[str, int]:
+        estimate = estimate_build(
+            MODEL_7B,
+            observe=True,
+            plans=False,
+            calibrate=True,
+            compare=True,
+            gate=True,
+            context=context,
+        )
+        return {stage.name: stage.memory for stage in estimate.stages}
+
+    without, with_rows = memory(0), memory(16_384)
+    grown = {name: with_rows[name] - without[name] for name in without}
+    # 28 layers of K and V, 4 heads of 128.
+    rows = 16_384 * 28 * 2 * 4 * 128 * 4
+    expected = {"calibrate": rows, "compare precisions": rows, "quality gate": 2 * rows}
+    assert {name: size for name, size in grown.items() if size} == expected
