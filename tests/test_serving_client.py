@@ -142,7 +142,7 @@ def test_one_refused_chunk_costs_no_other(server: FakeTriton, client: Client) ->
         assert (notice.text, notice.t0, notice.final) == (
             "This chunk is not to be shown.",
             1.0,
-            False,
+            True,
         )
         assert session.sequence_id in server.sessions
 
@@ -201,7 +201,8 @@ def test_a_lost_connection_goes_on_in_the_same_session(server: FakeTriton, clien
         notice = next(events)
         assert notice.kind is EventKind.DEGRADED
         assert "the session goes on; 1 chunks have no full reply" in notice.text
-        assert (notice.t0, notice.t1) == (7.0, 8.0)
+        lost = next(events)
+        assert (lost.kind, lost.t0, lost.t1, lost.final) == (EventKind.DEGRADED, 7.0, 8.0, True)
         session.push(FRAME)
         assert [next(events).turn for _ in range(3)] == [2, 2, 2]
         assert session.sequence_id == number
@@ -253,6 +254,9 @@ def test_a_chunk_that_brings_servers_down_is_sent_twice_at_most(
             assert notice is not None
         assert len(set(seen)) == 2
         assert "1 chunks have no full reply" in notice.text
+        lost = session.next_event(5.0)
+        assert lost is not None
+        assert lost.final
         assert server.sessions[session.sequence_id].chunks == []
 
 
@@ -295,9 +299,11 @@ def test_a_reply_that_never_comes(server: FakeTriton, client: Client) -> None:
         session.push(FRAME)
         wait_until(lambda: len(server.sessions[session.sequence_id].chunks) == 1)
         server.silent = False
+        events = list(itertools.islice(session, 2))
         session.push(FRAME)
-        events = list(itertools.islice(session, 4))
+        events += itertools.islice(session, 3)
         assert "1 chunks have no full reply" in events[0].text
+        assert [event.final for event in events] == [False, True, False, False, True]
         assert text_of(events) == WORDS
 
 

@@ -23,6 +23,7 @@ from framesink.client.errors import (
 from framesink.client.flow import Flow
 from framesink.client.frames import OutgoingChunk
 from framesink.client.replies import (
+    LOST_REPLY,
     Pending,
     Replies,
     describe_loss,
@@ -139,7 +140,8 @@ class SessionLink:
         self.flow.return_places(places(given_up))
         if stream is None:
             return
-        stream.finish()
+        if gently:
+            stream.finish()
         if not (gently and stream.join(_JOIN_SECONDS)):
             stream.cancel()
             stream.join(_JOIN_SECONDS)
@@ -246,7 +248,10 @@ class SessionLink:
             return
         with self._lock:
             self._settle(pending.request.question)
-            notice = self._replies.notice(sentence, [pending])
+            if pending.request.chunk is None:
+                notice = self._replies.notice(sentence)
+            else:
+                notice = self._replies.lost(pending, sentence)
         self.flow.put(notice, returns_place=pending.holds_place)
 
     def _end(self) -> None:
@@ -309,12 +314,13 @@ class SessionLink:
             self._end_on_server()  # perhaps another one than `close` has ended
             raise SessionClosedError("The session was closed.")
         again = [pending for pending in lost if may_be_sent_again(pending, anew)]
-        gone = [p for p in lost if p not in again and p.request.chunk is not None]
+        gone = [pending for pending in lost if pending.holds_place and pending not in again]
         self.flow.reopen()
-        self.flow.return_places(places(gone))
         if anew or gone:
             text = describe_loss(time.monotonic() - since, anew, gone)
-            self.flow.put(self._replies.notice(text, lost))
+            self.flow.put(self._replies.notice(text))
+        for pending in gone:
+            self.flow.put(self._replies.lost(pending, LOST_REPLY), returns_place=True)
         with self._lock:
             if anew:
                 self._replies.begin_anew()

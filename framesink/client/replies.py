@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from framesink.client.wire import Request
 from framesink.runtime.events import Event, EventKind, ReplyTiming
 
+LOST_REPLY = "The reply to this chunk, or the rest of it, was lost with the connection."
+
 
 @dataclass(slots=True)
 class Pending:
@@ -19,6 +21,7 @@ class Pending:
     heard_at: float | None = None
     gaps: list[float] = field(default_factory=list)
     first_after: float = 0.0
+    turn: int | None = None
     resent: bool = False
 
 
@@ -36,6 +39,7 @@ class Replies:
     def take(self, pending: Pending, event: Event) -> Event:
         """The event of a response, as the caller gets it."""
         now = time.monotonic()
+        pending.turn = event.turn + self._first_turn
         if event.kind is not EventKind.DEGRADED:
             if pending.heard_at is None:
                 pending.first_after = now - pending.sent_at
@@ -47,7 +51,7 @@ class Replies:
             timing = ReplyTiming(pending.first_after, tuple(pending.gaps), now - pending.sent_at)
         self._last = replace(
             event,
-            turn=event.turn + self._first_turn,
+            turn=pending.turn,
             lag=event.lag if pending.captured_at is None else now - pending.captured_at,
             timing=timing,
         )
@@ -57,22 +61,22 @@ class Replies:
         """The next event comes from a new session, which counts its turns from the start."""
         self._first_turn = 0 if self._last is None else self._last.turn + 1
 
-    def notice(self, text: str, concerned: Sequence[Pending]) -> Event:
-        """An event that says why less was seen or said than asked for."""
-        spans = [p.request.chunk.span for p in concerned if p.request.chunk is not None]
-        known = [span for span in spans if span is not None]
+    def notice(self, text: str) -> Event:
+        """An event that tells of something that concerns no chunk alone."""
         end = 0.0 if self._last is None else self._last.t1
-        now = time.monotonic()
-        waiting = [p.captured_at for p in concerned if p.captured_at is not None]
-        return Event(
-            kind=EventKind.DEGRADED,
-            text=text,
-            t0=known[0][0] if known else end,
-            t1=known[-1][1] if known else end,
-            turn=self._first_turn if self._last is None else self._last.turn,
-            lag=now - waiting[-1] if waiting else 0.0,
-            final=False,
-        )
+        return Event(EventKind.DEGRADED, text, end, end, self._turn(), 0.0, final=False)
+
+    def lost(self, pending: Pending, text: str) -> Event:
+        """The last event of a chunk that gets no reply, or no whole one."""
+        end = 0.0 if self._last is None else self._last.t1
+        chunk = pending.request.chunk
+        t0, t1 = (end, end) if chunk is None or chunk.span is None else chunk.span
+        lag = 0.0 if pending.captured_at is None else time.monotonic() - pending.captured_at
+        turn = self._turn() if pending.turn is None else pending.turn
+        return Event(EventKind.DEGRADED, text, t0, t1, turn, lag, final=True)
+
+    def _turn(self) -> int:
+        return self._first_turn if self._last is None else self._last.turn
 
 
 def places(requests: Sequence[Pending]) -> int:
