@@ -27,6 +27,11 @@ from framesink.runtime.video.chunk import Chunk, stack_frames
 NO_CONTENT: Float32Array = np.empty((0, 0), dtype=np.float32)
 
 
+# Far beyond what vision encoders answer, and within the range of float16: rows that are not finite
+# would be read, times 0, by whoever has their page next.
+LARGEST_EMBEDDING = 16384.0
+
+
 class Driver(Protocol):
     """What a session asks of its engine. `threaded` says whether the engine works by itself."""
 
@@ -189,8 +194,11 @@ class Session:
                 f"Embeddings of this grid must be float32 {list(shape)}, not {embeddings.dtype} "
                 f"{list(embeddings.shape)}."
             )
-        if not np.isfinite(embeddings).all():
-            raise VideoError("The embeddings hold numbers that are not finite.")
+        if not np.abs(embeddings).max() <= LARGEST_EMBEDDING:  # nor is NaN
+            raise VideoError(
+                f"The embeddings hold numbers that are not finite, or beyond {LARGEST_EMBEDDING:g},"
+                " which no vision encoder makes."
+            )
         prepared = PreparedChunk(
             content=embeddings,
             encoded=True,

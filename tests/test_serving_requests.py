@@ -85,7 +85,7 @@ def refused(request: RawRequest, code: StatusCode = StatusCode.INVALID_ARGUMENT)
 
 
 def open_with(**parameters: Any) -> Opening:
-    values = read_parameters(json.dumps(parameters), start=True, end=False)
+    values = read_parameters(json.dumps(parameters), OPTIONS, start=True, end=False)
     return read_opening(values, defaults=DEFAULTS, max_patches=96, precision="fp8", options=OPTIONS)
 
 
@@ -270,10 +270,14 @@ def test_parameters_belong_to_their_requests() -> None:
     with pytest.raises(ServingError, match="belongs to the request that opens"):
         read(raw({}, {"query": "Look."}))
     read(raw({}, {"triton_enable_empty_final_response": True}))
-    for text in ("[1]", "{", "3", '{"a": ' * 100_000):
+    for text in ("[1]", "{", "3", '{"a": ' * 10_000):
         with pytest.raises(ServingError, match="parameters are not"):
-            read_parameters(text, start=True, end=False)
-    assert read_parameters("", start=True, end=False) == {}
+            read_parameters(text, OPTIONS, start=True, end=False)
+    with pytest.raises(ServingError, match="make them shorter"):
+        read_parameters(json.dumps({"query": "x" * 1_000_000}), OPTIONS, start=True, end=False)
+    longest = json.dumps({"query": "\U0001f600" * 20, "previous_text": "\U0001f600" * 40})
+    assert len(read_parameters(longest, OPTIONS, start=True, end=False)) == 2
+    assert read_parameters("", OPTIONS, start=True, end=False) == {}
 
 
 def test_every_number_of_the_contract_is_bounded() -> None:

@@ -82,6 +82,13 @@ def test_embeddings_that_do_not_fit_are_refused() -> None:
             push(good[:1])
         with pytest.raises(VideoError, match="not finite"):
             push(np.full_like(good, np.nan))
+        for beyond in (np.inf, -np.inf, 20_000.0, -20_000.0):
+            with pytest.raises(VideoError, match="beyond 16384"):
+                push(
+                    np.where(np.arange(good.size).reshape(good.shape) == 3, beyond, good).astype(
+                        "f4"
+                    )
+                )
         for wrong in (Grid(0, 2, 4), Grid(1, 3, 4), Grid(1, 2, -4), Grid(2, 2, 4)):
             with pytest.raises(VideoError, match="cannot be made of 2 frames"):
                 push(grid=wrong)

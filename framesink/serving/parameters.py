@@ -37,6 +37,9 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "dropped": (0, MAX_COUNT),
 }
 TEMPERATURE_STEP = 0.01
+# A character takes at most so many in JSON; the other parameters are short.
+JSON_LENGTH = 12
+MAX_OTHER_PARAMETERS = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +55,20 @@ class Opening:
     previous_text: str
 
 
-def read_parameters(text: str, *, start: bool, end: bool) -> dict[str, Value]:
+def read_parameters(
+    text: str, options: ServeOptions, *, start: bool, end: bool
+) -> dict[str, Value]:
     """The parameters of a request, given as Triton hands them over: one JSON object, or nothing.
 
     Raises ServingError (INVALID_ARGUMENT) for one that is unknown, of a wrong type, out of its
-    bounds, or not for this request.
+    bounds, or not for this request, and for all of them where they are longer than they can be.
     """
+    characters = options.max_query_characters + options.max_previous_text_characters
+    if len(text) > JSON_LENGTH * characters + MAX_OTHER_PARAMETERS:
+        raise _refusal(
+            f"The request's parameters have {len(text)} characters, more than the longest query "
+            "and previous text need; make them shorter."
+        )
     try:
         given = json.loads(text) if text else {}
     except (ValueError, RecursionError) as error:

@@ -113,7 +113,7 @@ class EmbeddedChunk:
 def read_request(raw: RawRequest, options: ServeOptions) -> SessionRequest:
     """A request whose form is right. Raises ServingError (INVALID_ARGUMENT) for any other."""
     session = read_session_id(raw)
-    parameters = read_parameters(raw.parameters, start=raw.start, end=raw.end)
+    parameters = read_parameters(raw.parameters, options, start=raw.start, end=raw.end)
     question = _question(raw.inputs, options)
     encoded = (contract.EMBEDDINGS, contract.REFUSAL)
     has_chunk = has_frames(raw.inputs) or any(_filled(raw.inputs, tensor) for tensor in encoded)
