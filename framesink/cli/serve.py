@@ -1,6 +1,5 @@
 """`framesink serve`: live sessions over gRPC."""
 
-import logging
 import signal
 import sys
 import threading
@@ -109,7 +108,7 @@ def _serve(bundle: Path, options: ServeOptions) -> None:
     from framesink.serving.log_format import configure_logging
     from framesink.serving.supervisor import Supervisor
 
-    configure_logging(sys.stderr, logging.getLevelNamesMapping()[options.log_level.upper()])
+    configure_logging(sys.stderr, options.log_level)
     told_to_stop = threading.Event()
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
