@@ -67,6 +67,23 @@ class Bundle:
             raise BundleError(f"The bundle {self.directory} has no file {name}.")
         return self.directory / name
 
+    def checkpoint(self) -> Path | None:
+        """The directory of the checkpoint that the bundle carries, None if it has none.
+
+        Raises BundleError if that directory holds a file the manifest does not list.
+        """
+        name = self.manifest.checkpoint
+        if name is None:
+            return None
+        for path in sorted((self.directory / name).rglob("*")):
+            inside = path.relative_to(self.directory).as_posix()
+            if not path.is_dir() and inside not in self.manifest.files:
+                raise BundleError(
+                    f"The bundle {self.directory} holds {inside}, which its manifest does not "
+                    f"list; {REBUILD_HINT}."
+                )
+        return self.directory / name
+
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer."""
         return Tokenizer.from_directory(self.directory)

@@ -9,12 +9,15 @@ from framesink.runtime.bundle import Bundle
 from framesink.runtime.errors import BusyError, OptionError
 from framesink.runtime.event_stream import EventStream
 from framesink.runtime.executors.base import Executor
+from framesink.runtime.executors.tensorrt_llm.options import TensorRTLLMOptions
 from framesink.runtime.manifest import Limits, StreamingDefaults
 from framesink.runtime.models.config import ModelConfig
 from framesink.runtime.observer import EngineObserver, NullObserver
 from framesink.runtime.paged_worker import PagedWorker
 from framesink.runtime.policies import Policy
 from framesink.runtime.preprocess import PreprocessConfig
+from framesink.runtime.prompting.executor import PromptExecutor
+from framesink.runtime.prompting.worker import PromptWorker
 from framesink.runtime.protocol import ChatProtocol
 from framesink.runtime.sampler import SamplingParams
 from framesink.runtime.session import Session
@@ -35,7 +38,7 @@ class StreamingEngine:
 
     def __init__(
         self,
-        executor: Executor,
+        executor: Executor | PromptExecutor,
         model: ModelConfig,
         protocol: ChatProtocol,
         preprocess: PreprocessConfig,
@@ -61,12 +64,10 @@ class StreamingEngine:
         self.defaults = defaults
         self.limits = limits
         self.max_sessions = min(limits.max_streams, max_sessions or limits.max_streams)
-        self._worker: Worker = PagedWorker(
-            executor, model, protocol, limits, observer or NullObserver()
-        )
         self._numbers = 0
         self._opening = threading.Lock()
         self._wake = threading.Event()
+        self._worker = self._make_worker(executor, observer or NullObserver())
         self._stopping = False
         self._failure: str | None = None
         self._thread: threading.Thread | None = None
@@ -85,15 +86,17 @@ class StreamingEngine:
         threads: int | None = None,
         threaded: bool = True,
         observer: EngineObserver | None = None,
+        tensorrt_llm: TensorRTLLMOptions | None = None,
     ) -> "StreamingEngine":
         """An engine for a bundle, opened or by its directory.
 
         `executor` names one or is "auto". `num_pages` sizes the page pool, by default for
-        `max_sessions` contexts of full length. `threads` are the executor's CPU threads. Raises
+        `max_sessions` contexts of full length. `threads` are the executor's CPU threads.
+        `tensorrt_llm` sets up the executor of that name, and is refused with any other. Raises
         BundleError for a bundle that is damaged or not for this machine, CapacityError for a pool
-        that does not fit it.
+        that does not fit it, and what the executor's own loading raises.
         """
-        from framesink.runtime.executors import create_executor
+        from framesink.runtime.executors import create_executor, create_prompt_executor
 
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         manifest = bundle.manifest
@@ -101,7 +104,17 @@ class StreamingEngine:
         sessions = min(limits.max_streams, max_sessions or limits.max_streams)
         if num_pages is None:
             num_pages = sessions * -(-limits.max_context // manifest.page_size) + 1
-        chosen, reason = create_executor(bundle, executor, num_pages=num_pages, threads=threads)
+        chosen: Executor | PromptExecutor
+        if executor == "tensorrt_llm":
+            settings = tensorrt_llm or TensorRTLLMOptions()
+            chosen, reason = create_prompt_executor(bundle, settings, max_sessions=sessions)
+        elif tensorrt_llm is not None:
+            raise OptionError(
+                f"Settings of tensorrt_llm mean nothing to the executor {executor[:64]!r}; leave "
+                "them out, or use that executor."
+            )
+        else:
+            chosen, reason = create_executor(bundle, executor, num_pages=num_pages, threads=threads)
         return cls(
             chosen,
             manifest.model,
@@ -238,6 +251,13 @@ class StreamingEngine:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _make_worker(self, executor: Executor | PromptExecutor, observer: EngineObserver) -> Worker:
+        if isinstance(executor, PromptExecutor):
+            return PromptWorker(
+                executor, self.model, self.protocol, self.limits, observer, wake=self._wake.set
+            )
+        return PagedWorker(executor, self.model, self.protocol, self.limits, observer)
 
     def _admit(
         self,

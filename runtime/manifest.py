@@ -159,6 +159,9 @@ class Manifest(_Model):
     activation_ranges: BundlePath | None = None
     verification: BundlePath | None = None
     accuracy: BundlePath | None = None
+    checkpoint: BundlePath | None = Field(
+        default=None, description="directory of a checkpoint that TensorRT-LLM reads"
+    )
     files: dict[BundlePath, FileRecord]
 
     def part(self, name: PartName) -> PartSpec:
@@ -176,6 +179,8 @@ class Manifest(_Model):
         """Every file that some field of the manifest points to."""
         optional = (self.activation_ranges, self.verification, self.accuracy)
         names = {*self.weights, *(name for name in optional if name is not None)}
+        if self.checkpoint is not None:
+            names.add(f"{self.checkpoint}/config.json")
         for part in (self.language_model, self.vision_encoder):
             names |= {part.executed.path, part.compiled.path, *(plan.path for plan in part.plans)}
         return names

@@ -9,7 +9,9 @@ class SessionStats:
 
     `turns` replied to; `context_tokens` retained; `pages` of its own held (shared prefixes apart);
     `evicted_tokens` so far. `last_ttft` and `last_itl` (mean) in seconds, of the last reply, `lag`
-    in seconds at its end; None before there was one. `dropped_frames` so far.
+    in seconds at its end; None before there was one. `dropped_frames` so far. `reusable_tokens`,
+    where contexts are sent anew with every turn, are those of the last one that begin it as they
+    began the one before it.
     """
 
     turns: int = 0
@@ -20,6 +22,7 @@ class SessionStats:
     last_itl: float | None = None
     lag: float | None = None
     dropped_frames: int = 0
+    reusable_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

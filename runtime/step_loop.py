@@ -138,7 +138,7 @@ class StepLoop:
         try:
             return sequence.begin_turn()
         except Exception as error:  # whatever it is, it ends this session alone
-            self._fail(sequence, _sentence("A turn could not begin", error))
+            self._fail(sequence, error_sentence("A turn could not begin", error))
             return True
 
     def _encode(self) -> bool:
@@ -158,7 +158,9 @@ class StepLoop:
             try:
                 sequence.encoded(self._executor.encode_vision(chunk.content, chunk.grid))
             except Exception as error:
-                self._fail(sequence, _sentence(f"{self._executor.name} could not encode", error))
+                self._fail(
+                    sequence, error_sentence(f"{self._executor.name} could not encode", error)
+                )
             seconds = time.monotonic() - started
             self.figures.encoded += 1
             self.figures.encode_seconds += seconds
@@ -192,7 +194,7 @@ class StepLoop:
         try:
             answers = self._run([given for _, given in batch])
         except Exception as error:
-            sentence = _sentence(f"A step of {self._executor.name} failed", error)
+            sentence = error_sentence(f"A step of {self._executor.name} failed", error)
             for member, _ in batch:
                 self._fail(member, sentence)
             return True
@@ -201,7 +203,7 @@ class StepLoop:
             try:
                 member.step_done(answer)
             except Exception as error:
-                self._fail(member, _sentence("A step could not be used", error))
+                self._fail(member, error_sentence("A step could not be used", error))
         return True
 
     def _run(self, batch: list[SequenceInput]) -> list[Float32Array | int | None]:
@@ -220,7 +222,7 @@ class StepLoop:
             try:
                 batch.append((member, member.next_input(share.tokens)))
             except Exception as error:
-                self._fail(member, _sentence("A step could not be prepared", error))
+                self._fail(member, error_sentence("A step could not be prepared", error))
         return batch
 
     def _count_step(
@@ -256,7 +258,7 @@ class StepLoop:
         sequence.hang_up()
 
 
-def _sentence(what: str, error: Exception) -> str:
+def error_sentence(what: str, error: Exception) -> str:
     """One sentence for the session's error event; surprises are logged with their traceback."""
     if isinstance(error, FramesinkError):
         return str(error)

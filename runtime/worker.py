@@ -10,10 +10,17 @@ from framesink.runtime.stats import EngineStats, SessionStats
 
 
 class Work(Protocol):
-    """One session's share of the work; `number` is its name."""
+    """One session's share of the work."""
 
-    number: int
-    stats: SessionStats
+    @property
+    def number(self) -> int:
+        """The session's number."""
+        ...
+
+    @property
+    def stats(self) -> SessionStats:
+        """Its figures as of its last turn."""
+        ...
 
 
 class Worker(Protocol):

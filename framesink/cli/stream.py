@@ -15,6 +15,7 @@ from framesink.runtime.captions.webvtt import WebVttWriter
 from framesink.runtime.captions.writer import CaptionWriter
 from framesink.runtime.engine import StreamingEngine, default_sampling
 from framesink.runtime.errors import OptionError
+from framesink.runtime.executors.tensorrt_llm.options import TRIM_TURNS, TensorRTLLMOptions
 from framesink.runtime.manifest import StreamingDefaults
 from framesink.runtime.policies import FullAttention, Policy, SlidingWindow
 from framesink.runtime.sampler import SamplingParams
@@ -99,6 +100,17 @@ _COUNT = click.IntRange(min=1)
 )
 @click.option("--executor", default="auto", show_default=True, help="Which executor runs it.")
 @click.option("--threads", type=_COUNT, help="CPU threads; by default one per physical core.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="tensorrt_llm: the checkpoint it reads.  [default: the one the bundle carries]",
+)
+@click.option(
+    "--trim-turns",
+    type=_COUNT,
+    help="tensorrt_llm: trim the context once in so many turns; 1 follows the policy exactly.  "
+    f"[default: {TRIM_TURNS}]",
+)
 @click.option("--preview", is_flag=True, help="Show the frames in a window (needs the gui extra).")
 def stream(source: str, engines: Path, asks: tuple[str, ...], **options: Any) -> None:
     """Narrate SOURCE: a video file, a webcam index such as 0, or a URL.
@@ -127,7 +139,11 @@ def stream(source: str, engines: Path, asks: tuple[str, ...], **options: Any) ->
         stack.callback(video.close)
         engine = stack.enter_context(
             StreamingEngine.load(
-                engines, options["executor"], max_sessions=1, threads=options["threads"]
+                engines,
+                options["executor"],
+                max_sessions=1,
+                threads=options["threads"],
+                tensorrt_llm=_tensorrt_llm(options),
             )
         )
         session = engine.open_session(
@@ -186,6 +202,12 @@ def _policy(options: dict[str, Any], defaults: StreamingDefaults) -> Policy:
         case _:
             _refuse(given, "full")
             return FullAttention()
+
+
+def _tensorrt_llm(options: dict[str, Any]) -> TensorRTLLMOptions | None:
+    names = ("checkpoint", "trim_turns")
+    given = {name: options[name] for name in names if options[name] is not None}
+    return TensorRTLLMOptions(**given) if given else None
 
 
 def _refuse(given: dict[str, Any], policy: str, allowed: str | None = None) -> None:

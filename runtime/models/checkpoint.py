@@ -63,9 +63,9 @@ class Checkpoint:
         directory = Path(directory)
         if not directory.is_dir():
             raise CheckpointError(f"There is no checkpoint directory {directory}.")
-        config = parse_config(_read_json(directory / CONFIG_NAME))
+        config = parse_config(read_json(directory / CONFIG_NAME))
         tensors: dict[str, TensorInfo] = {}
-        for name, info in _find_tensors(directory).items():
+        for name, info in find_tensors(directory).items():
             canonical = canonical_name(name)
             if canonical in tensors:
                 raise CheckpointError(
@@ -103,8 +103,11 @@ class Checkpoint:
         return read_tensor(self.info(name))
 
 
-def _find_tensors(directory: Path) -> dict[str, TensorInfo]:
-    """All tensors of a single or sharded checkpoint, under the names in the files."""
+def find_tensors(directory: Path) -> dict[str, TensorInfo]:
+    """All tensors of a single or sharded checkpoint, under the names in the files.
+
+    Raises CheckpointError for a directory without safetensors files, or with damaged ones.
+    """
     if (directory / WEIGHTS_NAME).is_file():
         return read_header(directory / WEIGHTS_NAME)
     if (directory / INDEX_NAME).is_file():
@@ -121,7 +124,7 @@ def _find_tensors(directory: Path) -> dict[str, TensorInfo]:
 
 def _read_shards(directory: Path) -> dict[str, TensorInfo]:
     index = directory / INDEX_NAME
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map, which says where each tensor lies.")
     shards: dict[str, dict[str, TensorInfo]] = {}
@@ -149,7 +152,8 @@ def _is_plain_file_name(name: Any) -> bool:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint. Raises CheckpointError if it is missing, huge or malformed."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_JSON_BYTES + 1)

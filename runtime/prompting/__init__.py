@@ -1,0 +1,1 @@
+"""Sessions over an executor that is sent whole prompts and keeps its own K/V cache."""

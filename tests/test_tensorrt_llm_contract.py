@@ -1,0 +1,148 @@
+"""What is used of TensorRT-LLM, held against the recorded description of its API."""
+
+import inspect
+import json
+import sys
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers", reason="the stand-in runs on transformers")
+
+from fake import tensorrt_llm as stand_in  # noqa: E402
+
+from framesink.runtime.errors import FramesinkError  # noqa: E402
+from framesink.runtime.executors.tensorrt_llm.contract import (  # noqa: E402
+    NEEDS,
+    VIDEO_DATA_MODULES,
+    VIDEO_DATA_PARAMETERS,
+    Kind,
+    Need,
+    load_api,
+)
+
+RECORDED: dict[str, dict[str, list[str]]] = json.loads(
+    (Path(__file__).parent / "reference" / "tensorrt_llm_api.json").read_text()
+)
+EVERY_NAME = [(need, name) for need in NEEDS for name in need.names]
+
+
+@pytest.fixture
+def behaviour(monkeypatch: pytest.MonkeyPatch) -> stand_in.Behaviour:
+    return stand_in.install(monkeypatch)
+
+
+def find(path: str) -> Any:
+    """What a recorded path names."""
+    parts = path.split(".")
+    depth = max(d for d in range(1, len(parts)) if ".".join(parts[:d]) in sys.modules)
+    found: Any = import_module(".".join(parts[:depth]))
+    for part in parts[depth:]:
+        found = getattr(found, part)
+    return found
+
+
+@pytest.mark.parametrize("need", NEEDS, ids=lambda need: f"{need.owner} {need.kind}")
+def test_what_is_needed_is_recorded(need: Need) -> None:
+    path = f"{need.module}.{need.owner}"
+    assert need.owner.split(".")[0] in RECORDED["modules"][need.module]
+    assert set(need.names) <= set(RECORDED[need.kind.value][path])
+
+
+def test_video_data_is_recorded() -> None:
+    (module,) = set(VIDEO_DATA_MODULES) & RECORDED["modules"].keys()
+    assert set(VIDEO_DATA_PARAMETERS) <= set(RECORDED["parameters"][f"{module}.VideoData"])
+
+
+def test_the_stand_in_is_what_is_recorded(behaviour: stand_in.Behaviour) -> None:
+    for module, names in RECORDED["modules"].items():
+        public = {name for name in vars(sys.modules[module]) if not name.startswith("__")}
+        assert public | {"__version__"} == {*names, "__version__"}
+    for path, names in RECORDED["parameters"].items():
+        assert list(inspect.signature(find(path)).parameters) == names, path
+    for path, names in RECORDED["fields"].items():
+        assert list(find(path).model_fields) == names, path
+    for path, names in RECORDED["attributes"].items():
+        owner = find(path)
+        bases = dir(object)
+        own = {name for name in dir(owner) if not name.startswith("_") and name not in bases}
+        own |= set(inspect.get_annotations(owner))
+        recorded = {name for name in names if not name.startswith("__")}
+        assert own - {"behaviour", "is_down"} == recorded, path
+        assert all(hasattr(owner, name) for name in names if name.startswith("__")), path
+    assert [field.name for field in fields(find("tensorrt_llm.SamplingParams"))] == RECORDED[
+        "parameters"
+    ]["tensorrt_llm.SamplingParams"]
+
+
+def test_an_installed_one_with_everything_is_taken(behaviour: stand_in.Behaviour) -> None:
+    api = load_api()
+    assert api.version == stand_in.VERSION
+    assert api.llm is stand_in.LLM
+    assert api.video_data is stand_in.VideoData
+
+
+@pytest.mark.parametrize(
+    ("need", "name"), EVERY_NAME, ids=[f"{need.owner} {name}" for need, name in EVERY_NAME]
+)
+def test_each_missing_name_is_named(
+    behaviour: stand_in.Behaviour, monkeypatch: pytest.MonkeyPatch, need: Need, name: str
+) -> None:
+    owner = find(f"{need.module}.{need.owner}")
+    match need.kind:
+        case Kind.FIELDS:
+            monkeypatch.delitem(owner.__pydantic_fields__, name)
+        case Kind.PARAMETERS:
+            kept = [p for p in inspect.signature(owner).parameters.values() if p.name != name]
+            monkeypatch.setattr(owner, "__signature__", inspect.Signature(kept), raising=False)
+        case Kind.ATTRIBUTES:
+            if name in vars(owner):
+                monkeypatch.delattr(owner, name)
+            if name in inspect.get_annotations(owner):
+                monkeypatch.delitem(owner.__annotations__, name)
+    with pytest.raises(FramesinkError) as caught:
+        load_api()
+    sentence = str(caught.value)
+    assert f"{need.owner}({name})" in sentence or f"{need.owner}.{name}" in sentence
+    assert stand_in.VERSION in sentence
+    assert "1.2.x" in sentence
+
+
+@pytest.mark.parametrize("name", ["KvCacheConfig", "RequestOutput"])
+def test_a_missing_class_is_named(
+    behaviour: stand_in.Behaviour, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.delattr(sys.modules["tensorrt_llm.llmapi"], name)
+    with pytest.raises(FramesinkError, match=rf"lacks tensorrt_llm\.llmapi\.{name}\b"):
+        load_api()
+
+
+def test_video_data_may_be_at_its_later_place(
+    behaviour: stand_in.Behaviour, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    early, late = VIDEO_DATA_MODULES
+    module = sys.modules[early]
+    monkeypatch.setitem(sys.modules, early, None)
+    with pytest.raises(FramesinkError, match="lacks .*VideoData or .*VideoData"):
+        load_api()
+    monkeypatch.setitem(sys.modules, late, module)
+    assert load_api().video_data is stand_in.VideoData
+
+
+def test_where_it_is_not_installed_a_sentence_says_so() -> None:
+    with pytest.raises(FramesinkError, match=r"needs the package tensorrt_llm .*not installed;"):
+        load_api()
+
+
+def test_one_that_cannot_be_imported_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    package = tmp_path / "tensorrt_llm"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise OSError('libcuda.so.1: cannot open')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(FramesinkError, match=r"cannot be imported here \(OSError: libcuda"):
+        load_api()
