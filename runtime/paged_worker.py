@@ -2,7 +2,7 @@
 
 from framesink.runtime.errors import CapacityError
 from framesink.runtime.event_stream import EventStream
-from framesink.runtime.executors.base import Executor
+from framesink.runtime.executors.base import Executor, FrameEncoder, TimedExecutor
 from framesink.runtime.kv.page_pool import PagePool
 from framesink.runtime.kv.sequence_cache import SequenceCache
 from framesink.runtime.manifest import Limits
@@ -22,7 +22,7 @@ from framesink.runtime.step_loop import StepLoop
 class PagedWorker:
     """One executor, one page pool, one loop. See `framesink.runtime.worker.Worker`."""
 
-    takes_frames = False
+    takes_embeddings = True
 
     def __init__(
         self,
@@ -33,6 +33,8 @@ class PagedWorker:
         observer: EngineObserver,
     ) -> None:
         self.page_size = executor.page_size
+        self.takes_frames = isinstance(executor, FrameEncoder)
+        self._timed = executor if isinstance(executor, TimedExecutor) else None
         self._model = model
         self._protocol = protocol
         self._observer = observer
@@ -128,6 +130,7 @@ class PagedWorker:
             mean_step_seconds=figures.step_seconds / steps,
             last_step_seconds=figures.last_step_seconds,
             mean_encode_seconds=figures.encode_seconds / encoded,
+            gpu_seconds=self._timed.gpu_seconds() if self._timed else {},
         )
 
     def check_integrity(self) -> None:

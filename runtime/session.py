@@ -68,9 +68,11 @@ class Session:
         chunk_seconds: float,
         max_patches: int,
         takes_frames: bool = False,
+        takes_embeddings: bool = True,
     ) -> None:
         """Made by `StreamingEngine.open_session`. `takes_frames` says that the engine wants frames
-        of the model's size, neither patches nor embeddings."""
+        of the model's size in place of patches, `takes_embeddings` that it can do with a vision
+        encoder's answer."""
         self.number = number
         self._driver = driver
         self._source = source
@@ -82,6 +84,7 @@ class Session:
         self._chunk_seconds = chunk_seconds
         self._max_patches = max_patches
         self._takes_frames = takes_frames
+        self._takes_embeddings = takes_embeddings
         self._next_t0 = 0.0
 
     # In.
@@ -173,7 +176,7 @@ class Session:
         and grid or not finite, OptionError on an engine whose executor takes frames alone.
         """
         handed_at = time.monotonic()
-        if self._takes_frames:
+        if not self._takes_embeddings:
             raise OptionError(
                 "This engine's executor runs the vision encoder itself and takes no embeddings; "
                 "push frames."

@@ -13,8 +13,9 @@ from framesink.runtime.executors import create_executor
 from framesink.runtime.executors.base import Executor
 
 torch = pytest.importorskip("torch", reason="the executor runs in torch")
-pytest.importorskip("triton", reason="its kernels are written in Triton")
 
+# First of all: it says how kernels are run here.
+from reference import triton_device  # noqa: E402, F401, I001
 from reference import plain_kernels  # noqa: E402
 
 from framesink.runtime.executors.cuda.executor import CudaExecutor  # noqa: E402
@@ -42,7 +43,7 @@ def cpu_executor(bundle: Bundle, **options: object) -> CudaExecutor:
         **options,
     }
     weights = BundleWeights(bundle, torch.device("cpu"))
-    return CudaExecutor(manifest.model, weights, manifest.limits, **given)
+    return CudaExecutor(manifest.model, manifest.preprocess, weights, manifest.limits, **given)
 
 
 def engine_of(bundle: Bundle, executor: Executor) -> StreamingEngine:

@@ -20,12 +20,12 @@ from reference.triton_device import DEVICE, HAS_GPU
 from torch import Tensor
 
 from framesink.runtime.arrays import AnyArray
-from framesink.runtime.executors.cuda.kernels.append_rows import append_rows
+from framesink.runtime.executors.cuda.kernels.append_rows import rotate_and_append
 from framesink.runtime.executors.cuda.kernels.formats import OutputFormat
 from framesink.runtime.executors.cuda.kernels.paged_decode import paged_decode
 from framesink.runtime.executors.cuda.kernels.paged_prefill import paged_prefill
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
-from framesink.runtime.executors.cuda.kernels.tiles import DeviceTiles, TileTable
+from framesink.runtime.executors.cuda.kernels.tiles import DeviceRows, DeviceTiles, TileTable
 
 SMALL = Sizes(heads=6, key_heads=2, head_dim=32, page_size=8, sections=(4, 6, 6))
 LARGE = Sizes(heads=28, key_heads=4, head_dim=128, page_size=16, sections=(16, 24, 24))
@@ -84,27 +84,39 @@ def random_sequences(
     return sequences
 
 
-def device_tiles(contexts: list[Rows], sizes: Sizes, generator: np.random.Generator) -> DeviceTiles:
+def tables_of(
+    contexts: list[Rows], sizes: Sizes, generator: np.random.Generator
+) -> list[TileTable]:
     """The tiles of several contexts, and of one that is empty."""
-    tables = [TileTable(sizes.page_size) for _ in contexts]
-    for table, rows in zip(tables, contexts, strict=True):
+    tables = [TileTable(sizes.page_size) for _ in range(len(contexts) + 1)]
+    for table, rows in zip(tables, contexts, strict=False):
         if len(rows.slots):
             order = generator.permutation(len(np.unique(rows.slots // sizes.page_size)))
             table.rebuild(rows.view(sizes.page_size, order))
-    tables.append(TileTable(sizes.page_size))
-    longest = max(table.count for table in tables) + 1
+    return tables
 
-    def stack(arrays: list[AnyArray]) -> Tensor:
-        padded = [np.resize(a, (longest, *a.shape[1:])) for a in arrays]
-        return torch.from_numpy(np.stack(padded)).to(DEVICE)
 
-    counts = torch.tensor([table.count for table in tables], dtype=torch.int32, device=DEVICE)
+def stack(arrays: list[AnyArray]) -> Tensor:
+    """Arrays of unlike lengths, filled up with what must not be read."""
+    longest = max(len(array) for array in arrays) + 1
+    stacked = np.full((len(arrays), longest, *arrays[0].shape[1:]), 1 << 30, np.int32)
+    for row, array in zip(stacked, arrays, strict=True):
+        row[: len(array)] = array
+    return to_device(stacked)
+
+
+def device_tiles(tables: list[TileTable]) -> DeviceTiles:
     return DeviceTiles(
-        stack([table.bases for table in tables]),
-        stack([table.pages for table in tables]),
-        stack([table.masks for table in tables]),
-        counts,
+        stack([table.bases[: table.count] for table in tables]),
+        stack([table.slots[: table.count] for table in tables]),
+        to_device(np.array([table.count for table in tables], np.int32)),
     )
+
+
+def device_rows(tables: list[TileTable]) -> DeviceRows:
+    slots, bases = zip(*(table.rows() for table in tables), strict=True)
+    counts = np.array([len(row) for row in slots], np.int32)
+    return DeviceRows(stack(list(slots)), stack(list(bases)), to_device(counts))
 
 
 def to_device(array: AnyArray) -> Tensor:
@@ -137,9 +149,6 @@ class Run:
         k_pages, v_pages = pool.stored(dtype)
         self.k_pages, self.v_pages = k_pages.to(DEVICE), v_pages.to(DEVICE)
         self.stored = self.k_pages.clone(), self.v_pages.clone()
-        self.new_keys = torch.empty(
-            (count, sizes.key_heads, sizes.head_dim), dtype=dtype, device=DEVICE
-        )
         self.out = torch.full(
             (count, sizes.heads * sizes.head_dim), torch.nan, dtype=dtype, device=DEVICE
         )
@@ -151,7 +160,7 @@ class Run:
         self.v_pages[page, :, row] = torch.nan
 
     def append(self) -> None:
-        append_rows(
+        rotate_and_append(
             self.qkv,
             self.rotary,
             to_device(self.positions.astype(np.int32)),
@@ -159,7 +168,6 @@ class Run:
             to_device(self.slots.astype(np.int32)),
             self.k_pages,
             self.v_pages,
-            self.new_keys,
         )
 
     def prefill(self, generator: np.random.Generator, splits: int | None) -> Tensor:
@@ -167,12 +175,10 @@ class Run:
         starts = np.cumsum([0, *lengths, 0]).astype(np.int32)
         paged_prefill(
             self.qkv,
-            self.new_keys,
             self.rotary,
-            to_device(self.positions.astype(np.int32)),
             to_device(starts),
             max(lengths),
-            device_tiles([s.context for s in self.sequences], self.sizes, generator),
+            device_rows(tables_of([s.context for s in self.sequences], self.sizes, generator)),
             self.k_pages,
             self.v_pages,
             self.out,
@@ -185,8 +191,7 @@ class Run:
         paged_decode(
             self.qkv,
             self.rotary,
-            to_device(self.positions.astype(np.int32)),
-            device_tiles([s.rows for s in self.sequences], self.sizes, generator),
+            device_tiles(tables_of([s.rows for s in self.sequences], self.sizes, generator)),
             self.k_pages,
             self.v_pages,
             self.out,
@@ -257,7 +262,7 @@ def test_a_first_prompt_has_no_context(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", ALL_SIZES)
-def test_appended_rows_are_keys_rotated_by_their_place(sizes: Sizes, dtype: torch.dtype) -> None:
+def test_rows_are_rotated_by_position_and_stored_by_place(sizes: Sizes, dtype: torch.dtype) -> None:
     run, _ = make_run(sizes, 4, dtype, (24, 3), 2)
     run.erase_new_rows()
     run.append()
@@ -265,5 +270,9 @@ def test_appended_rows_are_keys_rotated_by_their_place(sizes: Sizes, dtype: torc
         torch.testing.assert_close(
             pages, stored, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], equal_nan=True
         )
-    rotated = sizes.rotate(run.pool.keys[run.slots[:-1]], run.positions[:, :-1].astype(np.int32))
-    assert_close(run.new_keys[:-1].double().cpu(), rotated, dtype)
+    rotated = [
+        sizes.rotate(rows, run.positions[:, :-1].astype(np.int32)).flatten(1)
+        for rows in (run.queries[:-1], run.pool.keys[run.slots[:-1]])
+    ]
+    values = run.pool.values[run.slots[:-1]].flatten(1)
+    assert_close(run.qkv[:-1].double().cpu(), torch.cat([*rotated, values], dim=1), dtype)

@@ -6,36 +6,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from framesink.runtime.executors.base import ContextView
-from framesink.runtime.executors.cuda.kernels.tiles import TILE_ROWS, TileTable
+from framesink.runtime.executors.cuda.kernels.tiles import NO_SLOT, TILE_ROWS, TileTable
 
 PAGE = 8
 
 
 def rows_of(table: TileTable) -> list[tuple[int, int]]:
-    """Slot and base of every row that counts, sorted."""
-    rows = []
-    for base, pages, masks in zip(
-        table.bases[: table.count].tolist(),
-        table.pages.tolist(),
-        table.masks.view(np.uint32).tolist(),
-        strict=False,
-    ):
-        for page, mask in zip(pages, masks, strict=True):
-            size = TILE_ROWS // len(pages)
-            rows += [(page * size + row, base) for row in range(size) if mask >> row & 1]
-    return sorted(rows)
+    """Slot and base of every row, sorted."""
+    slots, bases = table.rows()
+    return sorted(zip(slots.tolist(), bases.tolist(), strict=True))
 
 
 def tiles_of(table: TileTable, rows: dict[int, int]) -> set[int]:
     """The tiles that hold rows, base by slot."""
-    return {
-        tile
-        for slot, base in rows.items()
-        for tile in range(table.count)
-        if table.bases[tile] == base
-        and table.masks[tile][table.pages[tile] == slot // PAGE].astype(int).sum() >> slot % PAGE
-        & 1
-    }
+    used = table.slots[: table.count]
+    return {int(tile) for slot in rows for tile in np.flatnonzero((used == slot).any(axis=1))}
 
 
 def view_of(rows: dict[int, int], page_size: int) -> ContextView:
@@ -58,6 +43,14 @@ def test_tiles_hold_every_row_once_under_its_base(rows: dict[int, int]) -> None:
     table = TileTable(PAGE)
     table.rebuild(view_of(rows, PAGE))
     assert rows_of(table) == sorted(rows.items())
+    # Read as a kernel reads it: every row of a tile under the tile's base.
+    found = [
+        (slot, base)
+        for base, slots in zip(table.bases.tolist(), table.slots.tolist(), strict=True)
+        for slot in slots
+        if slot != NO_SLOT
+    ]
+    assert sorted(found) == sorted(rows.items())
 
 
 @given(CONTEXTS, CONTEXTS)
@@ -72,7 +65,7 @@ def test_appended_rows_join_those_of_a_rebuild(
     assert rows_of(table) == sorted((older | newer).items())
     assert len(changed) == len(set(changed))
     assert tiles_of(table, newer) == set(changed)
-    assert set(table.forget(slots, bases)) == set(changed)
+    assert set(table.forget(slots)) == set(changed)
     assert rows_of(table) == sorted(older.items())
 
 
@@ -87,8 +80,7 @@ def test_rows_of_one_base_fill_whole_tiles(page_size: int) -> None:
     rebuilt.rebuild(view_of(dict(zip(slots.tolist(), bases.tolist(), strict=True)), page_size))
     assert appended.count == rebuilt.count == 5
     assert rows_of(appended) == rows_of(rebuilt)
-    # Row 31 of a page of 32 is the sign bit.
-    assert len(rows_of(appended)) == slots.size
+    assert (appended.slots[:5] != NO_SLOT).all()
 
 
 def test_a_rebuilt_table_forgets_what_it_held() -> None:
@@ -100,9 +92,7 @@ def test_a_rebuilt_table_forgets_what_it_held() -> None:
     assert table.count == 1
 
 
-def test_what_cannot_be_tiled_is_refused() -> None:
-    with pytest.raises(ValueError, match="not of 12"):
-        TileTable(12)
+def test_a_context_without_bases_is_refused() -> None:
     view = view_of({PAGE: 1}, PAGE)
     with pytest.raises(ValueError, match="without bases"):
         TileTable(PAGE).rebuild(ContextView(view.block_table, view.positions, view.valid))

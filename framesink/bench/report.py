@@ -12,19 +12,27 @@ from rich.table import Table
 from framesink.bench.chunk import ChunkReport
 from framesink.bench.concurrency import ConcurrencyReport
 from framesink.bench.endurance import EnduranceReport
+from framesink.bench.environment import environment
 from framesink.bench.measure import Quantiles
+from framesink.bench.streams import StreamsReport
 from framesink.runtime.errors import OutputError
 
 if TYPE_CHECKING:  # it needs the client's packages, which no other benchmark does
     from framesink.bench.serve import ServeReport
 
-Report: TypeAlias = "ChunkReport | EnduranceReport | ConcurrencyReport | ServeReport"
+Report: TypeAlias = (
+    "ChunkReport | EnduranceReport | ConcurrencyReport | ServeReport | StreamsReport"
+)
 
 
 def write_json(report: Report, path: Path) -> None:
     """Write a report, times in seconds and memory in bytes. Raises OutputError."""
     name = type(report).__name__.removesuffix("Report").lower()
-    content: dict[str, Any] = {"benchmark": name, **_finite(asdict(report))}
+    content: dict[str, Any] = {
+        "benchmark": name,
+        "environment": asdict(environment()),
+        **_finite(asdict(report)),
+    }
     if isinstance(report, EnduranceReport):
         content |= {"growth": asdict(report.growth), "full_growth": asdict(report.full_growth)}
     try:
@@ -131,6 +139,30 @@ def serve_table(report: "ServeReport") -> Table:
     )
     for road, same in report.same_tokens.items():
         table.add_row(f"same tokens, {road}", f"{same} of {report.chunks}", "")
+    return table
+
+
+def streams_table(report: StreamsReport) -> Table:
+    """Live streams, a row for each number of them."""
+    height, width = report.frame_size
+    table = _titled(
+        f"Live streams of {width}×{height}, a chunk every {report.chunk_seconds:g} s, "
+        f"{report.context_tokens:,} tokens of context: {report.live_streams} hold"
+    )
+    kinds = sorted({name for result in report.results for name in result.gpu_shares})
+    for name in ("streams", "chunk p50", "p99", "TTFT p50", "ITL p50", "batch", "late", *kinds):
+        table.add_column(name, justify="right")
+    for result in report.results:
+        table.add_row(
+            str(result.streams),
+            _milliseconds(result.chunk.p50),
+            _milliseconds(result.chunk.p99),
+            _milliseconds(result.ttft.p50),
+            _milliseconds(result.itl.p50),
+            f"{result.mean_batch:.1f}",
+            str(result.refused),
+            *(f"{100 * result.gpu_shares.get(name, 0.0):.0f} %" for name in kinds),
+        )
     return table
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import click
 from rich.console import Console
@@ -20,27 +20,43 @@ from framesink.bench.report import (
     concurrency_table,
     endurance_table,
     require_writable,
+    streams_table,
     write_json,
 )
+from framesink.bench.streams import measure_streams
 from framesink.runtime.engine import StreamingEngine
 from framesink.runtime.errors import OptionError
 from framesink.runtime.session_plan import default_policy
 from framesink.runtime.video.chunk import Chunk
 
 _COUNT = click.IntRange(min=1)
-_CHUNKS = {"chunk": 60, "endurance": 3600, "concurrency": 20}
+# What every stream begins with, so that its windows of text are full from the start.
+_PREVIOUS_TEXT = "The clouds go by. " * 200
+_Benchmark = Literal["chunk", "endurance", "concurrency", "streams"]
+_CHUNKS = {"chunk": 60, "endurance": 3600, "concurrency": 20, "streams": 20}
 # Time per chunk is that of full windows; sessions at once are compared from their first token.
-_WARMUP = {"chunk": 20, "endurance": 0, "concurrency": 3}
+_WARMUP = {"chunk": 20, "endurance": 0, "concurrency": 3, "streams": 18}
 
 
 @click.command()
-@click.argument("what", type=click.Choice(["chunk", "endurance", "concurrency"]), default="chunk")
+@click.argument("what", type=click.Choice(get_args(_Benchmark)), default="chunk")
 @click.option(
     "--engines",
-    required=True,
     metavar="BUNDLE",
     type=click.Path(path_type=Path),
     help="The engine bundle that build-engines made.",
+)
+@click.option(
+    "--random-weights",
+    metavar="SIZE",
+    help="Measure a model of random weights, made on the GPU, such as 7b, in place of a bundle.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["bf16", "fp8", "int8"]),
+    default="fp8",
+    show_default=True,
+    help="Of the random weights.",
 )
 @click.option("--clip", type=click.Path(path_type=Path), help="A video to measure with, looped.")
 @click.option(
@@ -52,7 +68,14 @@ _WARMUP = {"chunk": 20, "endurance": 0, "concurrency": 3}
 )
 @click.option("--chunks", type=_COUNT, help="Chunks to run: 60, endurance 3600, concurrency 20.")
 @click.option("--warmup", type=_COUNT, help="Chunks not counted: chunk 20, concurrency 3.")
-@click.option("--sessions", type=_COUNT, default=16, show_default=True, help="concurrency only.")
+@click.option(
+    "--sessions", type=_COUNT, default=16, show_default=True, help="concurrency and streams only."
+)
+@click.option(
+    "--streams",
+    metavar="N,N,…",
+    help="Numbers of streams to hold, each for --chunks chunks; by default 1 and --sessions.",
+)
 @click.option("--sink-text", type=click.IntRange(min=0), help="First tokens of text kept.")
 @click.option("--recent-text", type=click.IntRange(min=0), help="Last tokens of text kept.")
 @click.option("--vision-seconds", type=click.FloatRange(min=0), help="Seconds of video kept.")
@@ -61,13 +84,16 @@ _WARMUP = {"chunk": 20, "endurance": 0, "concurrency": 3}
 @click.option("--threads", type=_COUNT, help="CPU threads; by default one per physical core.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures.")
 def bench(
-    what: Literal["chunk", "endurance", "concurrency"],
-    engines: Path,
+    what: _Benchmark,
+    engines: Path | None,
+    random_weights: str | None,
+    precision: str,
     clip: Path | None,
     size: str,
     chunks: int | None,
     warmup: int | None,
     sessions: int,
+    streams: str | None,
     sink_text: int | None,
     recent_text: int | None,
     vision_seconds: float | None,
@@ -79,7 +105,8 @@ def bench(
     """Measure a bundle on this machine.
 
     chunk: time per chunk of one session. endurance: one session for very long, to see that nothing
-    grows. concurrency: many sessions at once, each compared with itself alone.
+    grows. concurrency: many sessions at once, each compared with itself alone. streams: how many
+    live streams the machine holds, in real time.
     """
     console = Console(highlight=False)
     width, height = _parse_size(size)
@@ -87,11 +114,10 @@ def bench(
     uncounted = warmup or _WARMUP[what]
     if json_path is not None:
         require_writable(json_path)
-    with StreamingEngine.load(
-        engines,
-        executor,
-        max_sessions=sessions if what == "concurrency" else 1,
-        threads=threads,
+    counts = _parse_counts(streams) if streams else sorted({1, sessions})
+    most = {"concurrency": sessions, "streams": max(counts)}.get(what, 1)
+    with _open_engine(
+        engines, random_weights, precision, executor, sessions=most, size=size, threads=threads
     ) as engine:
         fps, chunk_seconds = engine.preprocess.fps, engine.defaults.chunk_seconds
 
@@ -132,6 +158,18 @@ def bench(
                     max_new_tokens=max_new_tokens,
                 )
             table = endurance_table(report)
+        elif what == "streams":
+            report = measure_streams(
+                engine,
+                video,
+                counts=counts,
+                seconds=count * chunk_seconds,
+                warmup=uncounted,
+                policy=policy,
+                max_new_tokens=max_new_tokens,
+                previous_text=_PREVIOUS_TEXT,
+            )
+            table = streams_table(report)
         else:
             report = measure_concurrency(
                 engine,
@@ -146,6 +184,38 @@ def bench(
     console.print(table)
     if json_path is not None:
         write_json(report, json_path)
+
+
+def _open_engine(
+    engines: Path | None,
+    random_weights: str | None,
+    precision: str,
+    executor: str,
+    *,
+    sessions: int,
+    size: str,
+    threads: int | None,
+) -> StreamingEngine:
+    """The engine of a bundle, or one of random weights."""
+    if (engines is None) == (random_weights is None):
+        raise OptionError("Give one of --engines BUNDLE and --random-weights SIZE.")
+    if engines is not None:
+        return StreamingEngine.load(engines, executor, max_sessions=sessions, threads=threads)
+    # Needs torch and a GPU, which other benchmarks do without.
+    from framesink.bench.random_engine import open_random_engine
+
+    width, height = _parse_size(size)
+    assert random_weights is not None
+    return open_random_engine(
+        random_weights, precision, sessions=sessions, frame_size=(height, width)
+    )
+
+
+def _parse_counts(value: str) -> list[int]:
+    parts = value.split(",")
+    if not all(re.fullmatch(r"[1-9]\d{0,3}", part.strip()) for part in parts):
+        raise OptionError(f"--streams {value!r} is not a list of numbers, such as 1,16,32.")
+    return sorted({int(part) for part in parts})
 
 
 def _parse_size(value: str) -> tuple[int, int]:

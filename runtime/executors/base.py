@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from framesink.runtime.arrays import BoolArray, Float32Array, Int32Array
+from framesink.runtime.arrays import BoolArray, Float32Array, Int32Array, UInt8Array
 from framesink.runtime.preprocess import Grid
 
 
@@ -96,4 +96,23 @@ class ChoosingExecutor(Executor, Protocol):
     def step_and_choose(self, batch: Sequence[SequenceInput]) -> list[Float32Array | int | None]:
         """As `step`, but with the likeliest token that is not suppressed in place of logits, for a
         sequence whose `suppressed` is given. It may answer with logits all the same."""
+        ...
+
+
+@runtime_checkable
+class FrameEncoder(Protocol):
+    """An executor that makes patches itself, where they are needed."""
+
+    def encode_frames(self, frames: UInt8Array, grid: Grid) -> Float32Array:
+        """Frames uint8 `[T, H, W, 3]` of the model's size, of which `grid` is the patch grid, to
+        embeddings as `VisionEncoder.encode_vision` gives them."""
+        ...
+
+
+@runtime_checkable
+class TimedExecutor(Protocol):
+    """An executor that knows what its GPU does."""
+
+    def gpu_seconds(self) -> dict[str, float]:
+        """Seconds the GPU has worked on `vision`, `prefill` and `decode` since the start."""
         ...

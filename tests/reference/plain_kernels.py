@@ -10,10 +10,10 @@ from torch.nn import functional
 from framesink.runtime.executors.cuda.kernels.formats import OutputFormat
 from framesink.runtime.executors.cuda.kernels.linear import Weights
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
-from framesink.runtime.executors.cuda.kernels.tiles import DeviceTiles
+from framesink.runtime.executors.cuda.kernels.tiles import NO_SLOT, DeviceRows, DeviceTiles
 
 
-def append_rows(
+def rotate_and_append(
     qkv: Tensor,
     rotary: RotaryTable,
     positions: Tensor,
@@ -21,25 +21,23 @@ def append_rows(
     slots: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
-    new_keys: Tensor | None = None,
 ) -> None:
-    """Keys rotated by their places, and values, into their slots."""
+    """Keys rotated by their places, and values, into their slots; all rotated by their positions in
+    place."""
     key_heads, page_size, head_dim = k_pages.shape[1:]
-    width = key_heads * head_dim
-    keys = qkv[:, -2 * width : -width].unflatten(1, (key_heads, head_dim))
-    values = qkv[:, -width:].unflatten(1, (key_heads, head_dim))
-    if new_keys is not None:
-        new_keys.copy_(_rotate(keys, positions, rotary))
+    heads = qkv.view(len(qkv), -1, head_dim)
+    keys, values = heads[:, -2 * key_heads : -key_heads], heads[:, -key_heads:]
     kept = slots >= 0
     pages, rows = slots[kept].long() // page_size, slots[kept].long() % page_size
-    k_pages[pages, :, rows] = _rotate(keys, positions - bases, rotary)[kept]
+    k_pages[pages, :, rows] = _rotate(keys, positions - bases, rotary)[kept].to(k_pages.dtype)
     v_pages[pages, :, rows] = values[kept]
+    turned = heads[:, :-key_heads]
+    turned.copy_(_rotate(turned, positions, rotary))
 
 
 def paged_decode(
     qkv: Tensor,
     rotary: RotaryTable,
-    positions: Tensor,
     tiles: DeviceTiles,
     k_pages: Tensor,
     v_pages: Tensor,
@@ -50,45 +48,46 @@ def paged_decode(
     result = torch.zeros(out.shape)
     for index in range(len(qkv)):
         queries = _queries(qkv[index : index + 1], k_pages, out)
-        scores, values = _context_scores(
-            queries, positions[:, index : index + 1], rotary, tiles, index, k_pages, v_pages
-        )
+        scores, values = _context_scores(queries, rotary, tiles, index, k_pages, v_pages)
         result[index] = _mix(scores, values).flatten()
     quantize(result, out, output_format)
 
 
 def paged_prefill(
     qkv: Tensor,
-    new_keys: Tensor,
     rotary: RotaryTable,
-    positions: Tensor,
     starts: Tensor,
     longest: int,
-    tiles: DeviceTiles,
+    rows: DeviceRows,
     k_pages: Tensor,
     v_pages: Tensor,
     out: Tensor,
     output_format: OutputFormat,
 ) -> None:
-    """Every sequence by itself, its context before its new tokens."""
+    """Every sequence by itself, its context before its new tokens, keys at their positions."""
     result = torch.zeros(out.shape)
+    key_heads, page_size, head_dim = k_pages.shape[1:]
     bounds = starts.tolist()
     for index in range(len(bounds) - 1):
         part = slice(bounds[index], bounds[index + 1])
-        new = bounds[index + 1] - bounds[index]
+        new, old = bounds[index + 1] - bounds[index], int(rows.counts[index])
         assert 0 < new <= longest
-        queries = _queries(qkv[part], k_pages, out)
-        older, older_values = _context_scores(
-            queries, positions[:, part], rotary, tiles, index, k_pages, v_pages
-        )
-        keys = new_keys[part].float()
-        newer = _scores(_rotate(queries, positions[:, part], rotary), keys)
-        causal = torch.ones(new, new, dtype=torch.bool).tril()
-        newer = newer.masked_fill(~causal, -torch.inf)
-        width = keys.shape[1] * keys.shape[2]
-        new_values = qkv[part, -width:].float().view(keys.shape)
-        mixed = _mix(torch.cat([older, newer], dim=2), torch.cat([older_values, new_values]))
-        result[part] = mixed.flatten(1)
+        assert old <= rows.slots.shape[1]
+        slots, bases = rows.slots[index, :old].long(), rows.bases[index, :old]
+        older = k_pages[slots // page_size, :, slots % page_size]
+        turned = torch.empty(older.shape)
+        for sign in (-1, 1):
+            chosen = bases * sign >= 0
+            angles = bases[chosen].abs().expand(3, -1)
+            turned[chosen] = _rotate(older[chosen], angles, rotary, back=sign < 0)
+        older_values = v_pages[slots // page_size, :, slots % page_size].float()
+        heads = qkv[part].float().view(new, -1, head_dim)
+        keys = torch.cat([turned, heads[:, -2 * key_heads : -key_heads]])
+        scores = _scores(heads[:, : -2 * key_heads], keys)
+        hidden = torch.ones(new, old + new, dtype=torch.bool).triu(old + 1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+        values = torch.cat([older_values, heads[:, -key_heads:]])
+        result[part] = _mix(scores, values).flatten(1)
     quantize(result, out, output_format)
 
 
@@ -144,12 +143,13 @@ def linear(inputs: Tensor, weights: Weights, out: Tensor) -> None:
     out.copy_(product)
 
 
-def _rotate(heads: Tensor, places: Tensor, rotary: RotaryTable) -> Tensor:
-    """`heads` `[n, H, D]` turned by `places` `[3, n]`, in float32."""
+def _rotate(heads: Tensor, places: Tensor, rotary: RotaryTable, *, back: bool = False) -> Tensor:
+    """`heads` `[n, H, D]` turned by `places` `[3, n]`, or turned back, in float32."""
     axis = torch.repeat_interleave(torch.arange(3), torch.tensor(rotary.sections))
     pair = torch.arange(len(axis))
     angles = places[axis].T.long()
     cos, sin = (table[angles, pair][:, None] for table in (rotary.cos, rotary.sin))
+    sin = -sin if back else sin
     first, second = heads.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
@@ -167,7 +167,6 @@ def _scores(queries: Tensor, keys: Tensor) -> Tensor:
 
 def _context_scores(
     queries: Tensor,
-    positions: Tensor,
     rotary: RotaryTable,
     tiles: DeviceTiles,
     sequence: int,
@@ -179,15 +178,13 @@ def _context_scores(
     scores = [queries.new_empty(queries.shape[1], len(queries), 0)]
     values = [queries.new_empty(0, *v_pages.shape[1:2], v_pages.shape[3])]
     for tile in range(int(tiles.counts[sequence])):
-        base = tiles.bases[sequence, tile]
-        turned = _rotate(queries, positions - base, rotary)
-        entries = zip(
-            tiles.pages[sequence, tile].tolist(), tiles.masks[sequence, tile].tolist(), strict=True
-        )
-        for page, mask in entries:
-            rows = [row for row in range(page_size) if mask >> row & 1]
-            scores.append(_scores(turned, k_pages[page][:, rows].transpose(0, 1)))
-            values.append(v_pages[page][:, rows].transpose(0, 1).float())
+        base = int(tiles.bases[sequence, tile])
+        turned = _rotate(queries, torch.full((3, len(queries)), abs(base)), rotary, back=base > 0)
+        slots = tiles.slots[sequence, tile]
+        slots = slots[slots != NO_SLOT].long()
+        keys = k_pages[slots // page_size, :, slots % page_size]
+        scores.append(_scores(turned, keys))
+        values.append(v_pages[slots // page_size, :, slots % page_size].float())
     return torch.cat(scores, dim=2), torch.cat(values)
 
 

@@ -5,29 +5,47 @@ that read and write nothing. All a step needs travels in one block of integers.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from framesink.runtime.arrays import Int32Array
 from framesink.runtime.executors.base import SequenceInput
+from framesink.runtime.executors.cuda.capture import capture
 from framesink.runtime.executors.cuda.context_tables import ContextTables, PendingTiles
+from framesink.runtime.executors.cuda.kernels.tiles import TILE_ROWS
 from framesink.runtime.executors.cuda.language_model import LanguageModel, NewRows
 from framesink.runtime.executors.cuda.staging import Staging
+from framesink.runtime.executors.cuda.token_choice import TokenChooser
 
 NO_SLOT = -1
-_TOKEN, _POSITIONS, _BASE, _SLOT, _ROW, _TILE, _TILE_BASE, _COUNT, _ENTRIES = (
-    0,
-    1,
-    4,
-    5,
-    6,
-    7,
-    8,
-    9,
-    10,
-)
-_WARM_UPS = 2
+
+
+class _Field(IntEnum):
+    """What each row of a step's integers holds, a column per sequence."""
+
+    TOKEN = 0
+    POSITIONS = 1
+    BASE = 4
+    SLOT = 5
+    ROW = 6
+    TILE = 7
+    TILE_BASE = 8
+    TILES = 9
+    TILE_SLOTS = 10
+    END = 10 + TILE_ROWS
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepResult:
+    """`logits` float32 `[n, vocab]` and the `tokens` chosen from them, int32 `[n]`; valid until the
+    next step."""
+
+    logits: Tensor
+    tokens: Tensor
 
 
 def batch_sizes(largest: int) -> list[int]:
@@ -45,6 +63,7 @@ class DecodeRunner:
         model: LanguageModel,
         tables: ContextTables,
         staging: Staging,
+        chooser: TokenChooser,
         largest: int,
         device: torch.device,
     ) -> None:
@@ -52,47 +71,39 @@ class DecodeRunner:
         self._model = model
         self._tables = tables
         self._staging = staging
+        self._chooser = chooser
         self._largest = largest
         self._device = device
-        fields = _ENTRIES + 2 * tables.entries
-        array, tensor = staging.reserve(fields * largest)
-        self._array: Int32Array = array.reshape(fields, largest)
-        self._inputs = tensor.view(fields, largest)
+        array, tensor = staging.reserve(_Field.END * largest)
+        self._array: Int32Array = array.reshape(_Field.END, largest)
+        self._inputs = tensor.view(_Field.END, largest)
         self._clear(0)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._logits: dict[int, Tensor] = {}
+        self._results: dict[int, StepResult] = {}
 
     def capture(self) -> None:
         """Capture every batch size, the largest first: the others share its memory."""
         pool = torch.cuda.graph_pool_handle()
+        results: dict[int, StepResult] = {}
         for size in reversed(batch_sizes(self._largest)):
-            stream = torch.cuda.Stream(self._device)
-            stream.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(stream):
-                for _ in range(_WARM_UPS):
-                    self._forward(size)
-            torch.cuda.current_stream(self._device).wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                self._logits[size] = self._forward(size)
-            self._graphs[size] = graph
+            work = partial(self._forward, size)
+            self._graphs[size], results[size] = capture(work, self._device, pool)
+        self._results = dict(sorted(results.items()))
 
-    def fill(
-        self, batch: Sequence[SequenceInput], in_use: set[int], pending: list[PendingTiles]
-    ) -> None:
-        """Write a step's integers. Context rows taken join `in_use`, lists of tiles that must be
-        stored before the step `pending`."""
+    def fill(self, batch: Sequence[SequenceInput]) -> list[PendingTiles]:
+        """Write a step's integers. Returns lists of tiles that must be stored before the step."""
+        in_use: set[int] = set()
+        pending: list[PendingTiles] = []
         tables, array = self._tables, self._array
-        middle = _ENTRIES + tables.entries
         for column, given in enumerate(batch):
             tracked = tables.track(given.context, in_use)
             in_use.add(tracked.row)
-            tile = tables.add_rows(tracked, given)
+            tile = tables.add_row(tracked, given)
             if not tracked.sent:
                 pending.append(tables.send(tracked, self._staging))
             tiles = tracked.tiles
             assert given.bases is not None
-            array[:_ENTRIES, column] = (
+            array[: _Field.TILE_SLOTS, column] = (
                 given.token_ids[0],
                 *given.positions[:, 0],
                 given.bases[0],
@@ -102,38 +113,39 @@ class DecodeRunner:
                 tiles.bases[tile],
                 tiles.count,
             )
-            array[_ENTRIES:middle, column] = tiles.pages[tile]
-            array[middle:, column] = tiles.masks[tile]
+            array[_Field.TILE_SLOTS :, column] = tiles.slots[tile]
         self._clear(len(batch))
+        return pending
 
-    def run(self, count: int) -> Tensor:
-        """A step of the first `count` sequences, whose integers must have arrived: logits float32
-        `[count, vocab]`, overwritten by the next step."""
+    def run(self, count: int) -> StepResult:
+        """A step of the first `count` sequences, whose integers must have arrived."""
         if self._device.type != "cuda":
             return self._forward(count)
-        size = next(size for size in batch_sizes(self._largest) if size >= count)
+        size = next(size for size in self._results if size >= count)
         self._graphs[size].replay()
-        return self._logits[size][:count]
+        result = self._results[size]
+        return StepResult(result.logits[:count], result.tokens[:count])
 
     def _clear(self, first: int) -> None:
         """Let the columns from `first` on be sequences that read and write nothing."""
         self._array[:, first:] = 0
-        self._array[_SLOT, first:] = NO_SLOT
-        self._array[_ROW, first:] = self._tables.padding_row
+        self._array[_Field.SLOT, first:] = NO_SLOT
+        self._array[_Field.ROW, first:] = self._tables.padding_row
 
-    def _forward(self, size: int) -> Tensor:
-        inputs, entries = self._inputs[:, :size], self._tables.entries
-        rows = inputs[_ROW].long()
+    def _forward(self, size: int) -> StepResult:
+        inputs = self._inputs[:, :size]
+        rows = inputs[_Field.ROW].long()
         self._tables.patch(
             rows,
-            inputs[_TILE].long(),
-            inputs[_TILE_BASE],
-            inputs[_ENTRIES : _ENTRIES + entries].T,
-            inputs[_ENTRIES + entries :].T,
-            inputs[_COUNT],
+            inputs[_Field.TILE].long(),
+            inputs[_Field.TILE_BASE],
+            inputs[_Field.TILE_SLOTS :].T,
+            inputs[_Field.TILES],
         )
-        return self._model.decode(
-            inputs[_TOKEN],
-            NewRows(inputs[_POSITIONS : _POSITIONS + 3], inputs[_BASE], inputs[_SLOT]),
+        positions = inputs[_Field.POSITIONS : _Field.BASE]
+        logits = self._model.decode(
+            inputs[_Field.TOKEN],
+            NewRows(positions, inputs[_Field.BASE], inputs[_Field.SLOT]),
             self._tables.read(rows),
         )
+        return StepResult(logits, self._chooser.choose(logits))

@@ -1,21 +1,25 @@
 """The executor for GPUs: weights and pages in its memory, one copy in and one out per step."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from framesink.runtime.arrays import Float32Array
+from framesink.runtime.arrays import Float32Array, UInt8Array
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.errors import CapacityError
 from framesink.runtime.executors.base import SequenceInput
-from framesink.runtime.executors.cuda.context_tables import ContextTables, PendingTiles
-from framesink.runtime.executors.cuda.decode import DecodeRunner
+from framesink.runtime.executors.cuda.context_tables import ContextTables
+from framesink.runtime.executors.cuda.decode import DecodeRunner, StepResult
+from framesink.runtime.executors.cuda.gpu_clock import GpuClock
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
+from framesink.runtime.executors.cuda.kernels.tiles import TILE_ROWS
 from framesink.runtime.executors.cuda.language_model import LanguageModel
 from framesink.runtime.executors.cuda.layers import Layers
 from framesink.runtime.executors.cuda.operations import Operations
+from framesink.runtime.executors.cuda.patches import Patchifier
 from framesink.runtime.executors.cuda.prefill import PrefillRunner
 from framesink.runtime.executors.cuda.staging import Staging
 from framesink.runtime.executors.cuda.token_choice import NOT_FINITE, TokenChooser
@@ -28,7 +32,7 @@ from framesink.runtime.executors.cuda.weights import (
 )
 from framesink.runtime.manifest import Limits
 from framesink.runtime.models.config import ModelConfig
-from framesink.runtime.preprocess import Grid
+from framesink.runtime.preprocess import Grid, PreprocessConfig
 
 # A shared prefix takes part in a step beside the streams.
 PREFIXES = 1
@@ -51,6 +55,7 @@ class CudaExecutor:
     def __init__(
         self,
         config: ModelConfig,
+        preprocess: PreprocessConfig,
         weights: WeightSource,
         limits: Limits,
         *,
@@ -69,6 +74,8 @@ class CudaExecutor:
         self._config = config
         self._dtype = dtype
         self._device = device
+        self._clock = GpuClock() if device.type == "cuda" else None
+        self._patchifier = Patchifier(preprocess, dtype, device)
         layers = Layers(operations, dtype)
         with torch.no_grad():
             self._vision = VisionEncoder(
@@ -93,18 +100,20 @@ class CudaExecutor:
                 page_size=page_size,
             )
             largest = limits.max_streams + PREFIXES
-            # A page lies in a tile for each base among its rows.
-            tiles = 2 * -(-limits.max_context // page_size)
-            self._tables = ContextTables(largest, tiles, page_size, positions, device)
+            # Every base has a tile that is not full; there are far fewer bases than pages.
+            tiles = -(-limits.max_context // page_size)
+            self._tables = ContextTables(largest, tiles, page_size, device)
             self._staging = Staging(
-                largest * (_SEQUENCE_INTEGERS + tiles * (1 + 2 * self._tables.entries))
+                largest * (_SEQUENCE_INTEGERS + tiles * (1 + TILE_ROWS))
                 + _TOKEN_INTEGERS * max(limits.max_prefill, largest),
                 device,
             )
             self._chooser = TokenChooser(config.text.vocab_size, device)
-            self._decode = DecodeRunner(model, self._tables, self._staging, largest, device)
+            self._decode = DecodeRunner(
+                model, self._tables, self._staging, self._chooser, largest, device
+            )
             self._prefill = PrefillRunner(
-                model, self._tables, self._staging, config.video_token_id, device
+                model, self._staging, self._chooser, config.video_token_id, page_size, device
             )
             if device.type == "cuda":
                 self._decode.capture()
@@ -122,6 +131,7 @@ class CudaExecutor:
         device = torch.device("cuda", 0)
         return cls(
             manifest.model,
+            manifest.preprocess,
             BundleWeights(bundle, device),
             manifest.limits,
             num_pages=num_pages,
@@ -134,18 +144,24 @@ class CudaExecutor:
     def encode_vision(self, patches: Float32Array, grid: Grid) -> Tensor:
         """Patches float32 `[t·h·w, patch_dim]` to embeddings `[t·h·w / merge², hidden]`, which stay
         on the GPU, in the compute type."""
-        with torch.no_grad():
+        with torch.no_grad(), self._measure("vision"):
             moved = torch.from_numpy(patches).to(self._device, self._dtype)
             return self._vision.encode(moved, grid)
+
+    def encode_frames(self, frames: UInt8Array, grid: Grid) -> Tensor:
+        """As `encode_vision`, from frames uint8 `[T, H, W, 3]` of the model's size."""
+        with torch.no_grad(), self._measure("vision"):
+            moved = torch.from_numpy(frames).to(self._device)
+            return self._vision.encode(self._patchifier.patches(moved, grid), grid)
 
     def step(self, batch: Sequence[SequenceInput]) -> list[Float32Array | None]:
         """Run one in-flight batch: see `Executor.step`."""
         with torch.no_grad():
-            wanted, logits = self._run(batch)
             answers: list[Float32Array | None] = [None] * len(batch)
-            for place, row in zip(wanted, logits, strict=True):
-                if batch[place].needs_logits:
-                    answers[place] = _to_host(row)
+            for places, result in self._run(batch):
+                for place, row in zip(places, result.logits, strict=True):
+                    if batch[place].needs_logits:
+                        answers[place] = _to_host(row)
         return answers
 
     def step_and_choose(self, batch: Sequence[SequenceInput]) -> list[Float32Array | int | None]:
@@ -153,17 +169,24 @@ class CudaExecutor:
         chooses = [self._chooser.serves(given.suppressed) for given in batch]
         answers: list[Float32Array | int | None] = [None] * len(batch)
         with torch.no_grad():
-            wanted, logits = self._run(batch)
-            if not any(batch[place].needs_logits for place in wanted):
+            results = self._run(batch)
+            if not any(given.needs_logits for given in batch):
                 return answers
-            tokens = self._chooser.choose(logits).tolist()
-            for place, row, token in zip(wanted, logits, tokens, strict=True):
-                if not batch[place].needs_logits:
-                    continue
-                # Logits that are not finite go to the session's own sampler, which refuses them.
-                chosen = chooses[place] and token != NOT_FINITE
-                answers[place] = token if chosen else _to_host(row)
+            # One wait a step, for all tokens.
+            tokens = iter(torch.cat([result.tokens for _, result in results]).tolist())
+            for places, result in results:
+                for row, place in enumerate(places):
+                    token = next(tokens)
+                    if not batch[place].needs_logits:
+                        continue
+                    # Logits that are not finite go to the session's own sampler, which refuses.
+                    chosen = chooses[place] and token != NOT_FINITE
+                    answers[place] = token if chosen else _to_host(result.logits[row])
         return answers
+
+    def gpu_seconds(self) -> dict[str, float]:
+        """See `TimedExecutor.gpu_seconds`; empty on the CPU."""
+        return {} if self._clock is None else self._clock.seconds()
 
     def close(self) -> None:
         """Free weights and pages."""
@@ -171,27 +194,46 @@ class CudaExecutor:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _run(self, batch: Sequence[SequenceInput]) -> tuple[list[int], Tensor]:
-        """Launch a step. Sequences of one new token are run together, all others as packed parts of
-        prompts. Returns logits float32 `[n, vocab]`, valid until the next step, and whose they are.
+    def _run(self, batch: Sequence[SequenceInput]) -> list[tuple[list[int], StepResult]]:
+        """Launch a step: sequences of one new token together, all others as packed prompt parts.
+
+        Returns the results of either, with whose they are.
         """
+        for given in batch:
+            self._check_reach(given)
         self._staging.clear()
         decoding = [place for place, given in enumerate(batch) if _is_decode(given)]
         parts = [place for place, given in enumerate(batch) if not _is_decode(given)]
-        in_use: set[int] = set()
-        pending: list[PendingTiles] = []
-        self._decode.fill([batch[place] for place in decoding], in_use, pending)
-        prepared = self._prefill.prepare([batch[place] for place in parts], in_use, pending)
+        pending = self._decode.fill([batch[place] for place in decoding])
+        prepared = self._prefill.prepare([batch[place] for place in parts])
         self._staging.send()
         for tiles in pending:
             self._tables.store(tiles)
-        logits: list[Tensor] = []
+        results: list[tuple[list[int], StepResult]] = []
         if decoding:
-            logits.append(self._decode.run(len(decoding)))
+            with self._measure("decode"):
+                results.append((decoding, self._decode.run(len(decoding))))
         if prepared is not None:
-            logits.append(self._prefill.run(prepared))
-        wanted = decoding + [place for place in parts if batch[place].needs_logits]
-        return wanted, logits[0] if len(logits) == 1 else torch.cat(logits)
+            wanted = [place for place in parts if batch[place].needs_logits]
+            with self._measure("prefill"):
+                results.append((wanted, self._prefill.run(prepared)))
+        return results
+
+    def _measure(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext() if self._clock is None else self._clock.measure(name)
+
+    def _check_reach(self, given: SequenceInput) -> None:
+        """Raise CapacityError for positions or places beyond the rotary tables. A base is the
+        difference of two that were in them."""
+        if given.bases is None:
+            raise ValueError("the cuda executor needs the bases of new tokens")
+        last = int(given.positions.max())
+        reach = max(last, last - int(given.bases.min()))
+        if reach >= len(self._rotary.cos):
+            raise CapacityError(
+                f"A session has reached position {reach}, and the bundle was built for "
+                f"{len(self._rotary.cos)}; use a smaller policy, or a larger max_context."
+            )
 
     def _check_memory(self, needed: int) -> None:
         """Raise CapacityError unless `needed` bytes of pages fit beside what the GPU holds."""

@@ -5,19 +5,19 @@ from framesink.runtime.executors.cuda.kernels.activation import (
     rotate_heads,
     silu_and_multiply,
 )
-from framesink.runtime.executors.cuda.kernels.append_rows import append_rows
+from framesink.runtime.executors.cuda.kernels.append_rows import rotate_and_append
 from framesink.runtime.executors.cuda.kernels.linear import linear
 from framesink.runtime.executors.cuda.kernels.normalization import rms_norm
 from framesink.runtime.executors.cuda.kernels.paged_decode import paged_decode
 from framesink.runtime.executors.cuda.kernels.paged_prefill import paged_prefill
 
 __all__ = [
-    "append_rows",
     "linear",
     "paged_decode",
     "paged_prefill",
     "quantize",
     "rms_norm",
+    "rotate_and_append",
     "rotate_heads",
     "silu_and_multiply",
 ]

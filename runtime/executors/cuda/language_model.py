@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
-from framesink.runtime.executors.cuda.kernels.tiles import DeviceTiles
+from framesink.runtime.executors.cuda.kernels.tiles import DeviceRows, DeviceTiles
 from framesink.runtime.executors.cuda.layers import Layers, Linear
 from framesink.runtime.executors.cuda.weights import DecoderLayer, LanguageModelWeights
 from framesink.runtime.models.config import TextConfig
@@ -80,47 +80,32 @@ class LanguageModel:
         def attend(
             output: Linear, qkv: Tensor, k_pages: Tensor, v_pages: Tensor, mixed: Tensor
         ) -> None:
-            operations.append_rows(
-                qkv, self._rotary, rows.positions, rows.bases, rows.slots, k_pages, v_pages
-            )
-            operations.paged_decode(
-                qkv, self._rotary, rows.positions, tiles, k_pages, v_pages, mixed, output.input
-            )
+            self._append(qkv, rows, k_pages, v_pages)
+            operations.paged_decode(qkv, self._rotary, tiles, k_pages, v_pages, mixed, output.input)
 
         hidden, delta = self._run(self.embed(tokens), attend)
         return self._logits(hidden, delta)
 
     def prefill(
-        self, hidden: Tensor, rows: NewRows, parts: PackedParts, tiles: DeviceTiles
+        self, hidden: Tensor, rows: NewRows, parts: PackedParts, context: DeviceRows
     ) -> Tensor:
         """Parts of prompts: logits float32 `[n, vocab]` of the tokens `parts.last`.
 
-        `hidden` `[m, hidden]` are the tokens' embeddings, which are overwritten; `tiles` are the
-        contexts before the new rows.
+        `hidden` `[m, hidden]` are the tokens' embeddings, which are overwritten; `context` are the
+        rows before them.
         """
-        operations, config = self._layers.operations, self._config
-        keys = torch.empty(
-            len(hidden),
-            config.num_key_value_heads,
-            config.head_dim,
-            dtype=self._layers.dtype,
-            device=hidden.device,
-        )
+        operations = self._layers.operations
 
         def attend(
             output: Linear, qkv: Tensor, k_pages: Tensor, v_pages: Tensor, mixed: Tensor
         ) -> None:
-            operations.append_rows(
-                qkv, self._rotary, rows.positions, rows.bases, rows.slots, k_pages, v_pages, keys
-            )
+            self._append(qkv, rows, k_pages, v_pages)
             operations.paged_prefill(
                 qkv,
-                keys,
                 self._rotary,
-                rows.positions,
                 parts.starts,
                 parts.longest,
-                tiles,
+                context,
                 k_pages,
                 v_pages,
                 mixed,
@@ -129,6 +114,11 @@ class LanguageModel:
 
         hidden, delta = self._run(hidden, attend)
         return self._logits(hidden[parts.last], delta[parts.last])
+
+    def _append(self, qkv: Tensor, rows: NewRows, k_pages: Tensor, v_pages: Tensor) -> None:
+        self._layers.operations.rotate_and_append(
+            qkv, self._rotary, rows.positions, rows.bases, rows.slots, k_pages, v_pages
+        )
 
     def _run(self, hidden: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         """All layers; the last one's result is left to be added to `hidden`."""

@@ -10,13 +10,13 @@ from torch import Tensor
 from framesink.runtime.executors.cuda.kernels.formats import OutputFormat
 from framesink.runtime.executors.cuda.kernels.linear import Weights
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
-from framesink.runtime.executors.cuda.kernels.tiles import DeviceTiles
+from framesink.runtime.executors.cuda.kernels.tiles import DeviceRows, DeviceTiles
 
 
 class Operations(Protocol):
     """A module that has these functions will do."""
 
-    def append_rows(
+    def rotate_and_append(
         self,
         qkv: Tensor,
         rotary: RotaryTable,
@@ -25,17 +25,16 @@ class Operations(Protocol):
         slots: Tensor,
         k_pages: Tensor,
         v_pages: Tensor,
-        new_keys: Tensor | None = None,
         /,
     ) -> None:
-        """Write new rows into the pages, keys rotated by their places."""
+        """Rotate queries and keys in place by their positions, and write new rows into the pages,
+        keys rotated by their places."""
         ...
 
     def paged_decode(
         self,
         qkv: Tensor,
         rotary: RotaryTable,
-        positions: Tensor,
         tiles: DeviceTiles,
         k_pages: Tensor,
         v_pages: Tensor,
@@ -43,25 +42,23 @@ class Operations(Protocol):
         output: OutputFormat,
         /,
     ) -> None:
-        """Attention of one new token per sequence."""
+        """Attention of one new token per sequence, to tiles that include it."""
         ...
 
     def paged_prefill(
         self,
         qkv: Tensor,
-        new_keys: Tensor,
         rotary: RotaryTable,
-        positions: Tensor,
         starts: Tensor,
         longest: int,
-        tiles: DeviceTiles,
+        rows: DeviceRows,
         k_pages: Tensor,
         v_pages: Tensor,
         out: Tensor,
         output: OutputFormat,
         /,
     ) -> None:
-        """Attention of several new tokens per sequence."""
+        """Attention of several new tokens per sequence, to rows and causally to each other."""
         ...
 
     def rms_norm(

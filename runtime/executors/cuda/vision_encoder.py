@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from framesink.runtime.arrays import AnyArray
+from framesink.runtime.executors.cuda.capture import capture
 from framesink.runtime.executors.cuda.layers import Layers
 from framesink.runtime.executors.cuda.weights import VisionBlock, VisionEncoderWeights
 from framesink.runtime.models.config import VisionConfig
@@ -22,8 +23,8 @@ from framesink.runtime.models.vision_segments import window_segments
 from framesink.runtime.preprocess import Grid
 from framesink.runtime.rope import vision_rotary
 
-# A live session has one grid, and another after a change of resolution.
-CACHED_GRIDS = 16
+# A live session has one grid, and another after a change of resolution. Each keeps its activations.
+CACHED_GRIDS = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,8 +46,18 @@ class _Layout:
     frames: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Captured:
+    """A CUDA graph of one grid, what it reads and what it writes."""
+
+    graph: torch.cuda.CUDAGraph
+    patches: Tensor
+    embeddings: Tensor
+
+
 class VisionEncoder:
-    """Patches to embeddings."""
+    """Patches to embeddings. On a GPU the work of each grid is captured as a CUDA graph when it is
+    first seen."""
 
     def __init__(
         self,
@@ -60,12 +71,28 @@ class VisionEncoder:
         self._layers = layers
         self._device = device
         self._layout = lru_cache(maxsize=CACHED_GRIDS)(self._make_layout)
+        self._captured = lru_cache(maxsize=CACHED_GRIDS)(self._capture)
 
     def encode(self, patches: Tensor, grid: Grid) -> Tensor:
         """Patches `[t·h·w, patch_dim]` to embeddings `[t·h·w / merge², out_hidden]`, in the compute
         type."""
-        layers, weights = self._layers, self._weights
+        if self._device.type != "cuda":
+            return self._forward(patches, self._layout(grid))
+        captured = self._captured(grid)
+        captured.patches.copy_(patches)
+        captured.graph.replay()
+        return captured.embeddings.clone()
+
+    def _capture(self, grid: Grid) -> _Captured:
         layout = self._layout(grid)
+        patches = torch.zeros(
+            grid.patches, self._config.patch_dim, dtype=self._layers.dtype, device=self._device
+        )
+        graph, embeddings = capture(lambda: self._forward(patches, layout), self._device)
+        return _Captured(graph, patches, embeddings)
+
+    def _forward(self, patches: Tensor, layout: _Layout) -> Tensor:
+        layers, weights = self._layers, self._weights
         embedding = weights.patch_embedding
         hidden = layers.linear(layers.encode(patches[layout.order], embedding), embedding)
         delta: Tensor | None = None

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from framesink.runtime.executors.cuda.kernels.formats import OutputFormat, encode
+from framesink.runtime.executors.cuda.kernels.overlap import await_inputs, overlapping
 
 _BLOCK = 1024
 
@@ -23,6 +24,7 @@ def silu_and_multiply(gate_up: Tensor, out: Tensor, output_format: OutputFormat)
         BLOCK=_BLOCK,
         SMOOTH=smoothing is not None,
         num_warps=4,
+        **overlapping(out.device),
     )
 
 
@@ -39,6 +41,7 @@ def quantize(values: Tensor, out: Tensor, output_format: OutputFormat) -> None:
         BLOCK=_BLOCK,
         SMOOTH=smoothing is not None,
         num_warps=4,
+        **overlapping(out.device),
     )
 
 
@@ -56,13 +59,22 @@ def rotate_heads(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
         HEADS=triton.next_power_of_2(2 * heads),
         HALF=triton.next_power_of_2(half),
         num_warps=4,
+        **overlapping(qkv.device),
     )
 
 
 @triton.jit
 def _silu_and_multiply(
-    gate_up, smoothing, out, size, out_scale, BLOCK: tl.constexpr, SMOOTH: tl.constexpr
+    gate_up,
+    smoothing,
+    out,
+    size,
+    out_scale,
+    BLOCK: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    await_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     exists = column < size
@@ -77,7 +89,17 @@ def _silu_and_multiply(
 
 
 @triton.jit
-def _quantize(values, smoothing, out, size, out_scale, BLOCK: tl.constexpr, SMOOTH: tl.constexpr):
+def _quantize(
+    values,
+    smoothing,
+    out,
+    size,
+    out_scale,
+    BLOCK: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    await_inputs(OVERLAP)
     start = tl.program_id(0).to(tl.int64) * size
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     exists = column < size
@@ -89,8 +111,17 @@ def _quantize(values, smoothing, out, size, out_scale, BLOCK: tl.constexpr, SMOO
 
 @triton.jit
 def _rotate_heads(
-    qkv, cosines, sines, qkv_stride, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr
+    qkv,
+    cosines,
+    sines,
+    qkv_stride,
+    heads,
+    half,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    await_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
     pair = tl.arange(0, HALF)[None, :]

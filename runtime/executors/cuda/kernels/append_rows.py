@@ -1,13 +1,14 @@
-"""Writing the K/V rows of new tokens into their slots."""
+"""RoPE of new tokens, and their K/V rows written into their slots."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable, pair_positions
+from framesink.runtime.executors.cuda.kernels.overlap import await_inputs, overlapping
+from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
 
 
-def append_rows(
+def rotate_and_append(
     qkv: Tensor,
     rotary: RotaryTable,
     positions: Tensor,
@@ -15,19 +16,18 @@ def append_rows(
     slots: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
-    new_keys: Tensor | None = None,
 ) -> None:
-    """Write keys, rotated by their place, and values into the pages of one layer.
+    """Rotate queries and keys in place, and write keys and values into the pages of one layer.
 
-    `qkv` `[M, (H + 2·Hkv)·D]` are the projections with their biases; `positions` int32 `[3, M]`,
-    `bases` and `slots` int32 `[M]`; a token of slot -1 has no row to write. `k_pages` and `v_pages`
-    are `[N, Hkv, page, D]`. `new_keys` `[M, Hkv, D]`, if given, takes the keys rotated by their
-    position, for `paged_prefill`. Rotations are computed in float32.
+    `qkv` `[M, (H + 2·Hkv)·D]` are the projections with their biases; its queries and keys are
+    turned by `positions` int32 `[3, M]`. `k_pages` and `v_pages` `[N, Hkv, page, D]` take keys
+    turned by their place alone, positions - `bases` int32 `[M]`, and values, at `slots` int32
+    `[M]`; a token of slot -1 has no row to write. Rotations are computed in float32.
     """
-    tokens = len(slots)
     _, key_heads, page_size, head_dim = k_pages.shape
-    key_offset = qkv.shape[1] - 2 * key_heads * head_dim
-    _append_rows[(tokens, key_heads)](
+    heads = qkv.shape[1] // head_dim - 2 * key_heads
+    group = heads // key_heads
+    _rotate_and_append[(len(slots), key_heads)](
         qkv,
         rotary.cos,
         rotary.sin,
@@ -36,22 +36,22 @@ def append_rows(
         slots,
         k_pages,
         v_pages,
-        k_pages if new_keys is None else new_keys,
         qkv.stride(0),
         positions.stride(0),
-        key_offset,
+        GROUP=group,
+        ROWS=triton.next_power_of_2(group),
         KEY_HEADS=key_heads,
         HALF=head_dim // 2,
         PAGE=page_size,
         TIME_END=rotary.time_end,
         HEIGHT_END=rotary.height_end,
-        KEEP_KEYS=new_keys is not None,
-        num_warps=1,
+        num_warps=2,
+        **overlapping(qkv.device),
     )
 
 
 @triton.jit
-def _append_rows(
+def _rotate_and_append(
     qkv,
     cosines,
     sines,
@@ -60,39 +60,50 @@ def _append_rows(
     slots,
     k_pages,
     v_pages,
-    new_keys,
     qkv_stride,
     positions_stride,
-    key_offset,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     PAGE: tl.constexpr,
     TIME_END: tl.constexpr,
     HEIGHT_END: tl.constexpr,
-    KEEP_KEYS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    await_inputs(OVERLAP)
     token = tl.program_id(0)
     head = tl.program_id(1)
+    HEAD_DIM: tl.constexpr = 2 * HALF
     pair = tl.arange(0, HALF)
-    position = pair_positions(positions, positions_stride, token, pair, TIME_END, HEIGHT_END)
-    slot = tl.load(slots + token)
-    key = qkv + token.to(tl.int64) * qkv_stride + key_offset + head * 2 * HALF + pair
-    value = key + KEY_HEADS * 2 * HALF
+    axis = tl.where(pair < TIME_END, 0, tl.where(pair < HEIGHT_END, 1, 2))
+    position = tl.load(positions + axis * positions_stride + token)
+    cos = tl.load(cosines + position * HALF + pair)
+    sin = tl.load(sines + position * HALF + pair)
+    start = qkv + token.to(tl.int64) * qkv_stride
+
+    row = tl.arange(0, ROWS)
+    query = start + (head * GROUP + row[:, None]) * HEAD_DIM + pair[None, :]
+    in_group = row[:, None] < GROUP
+    first = tl.load(query, mask=in_group, other=0.0).to(tl.float32)
+    second = tl.load(query + HALF, mask=in_group, other=0.0).to(tl.float32)
+    tl.store(query, first * cos[None, :] - second * sin[None, :], mask=in_group)
+    tl.store(query + HALF, second * cos[None, :] + first * sin[None, :], mask=in_group)
+
+    key = start + (GROUP * KEY_HEADS + head) * HEAD_DIM + pair
+    value = key + KEY_HEADS * HEAD_DIM
     first = tl.load(key).to(tl.float32)
     second = tl.load(key + HALF).to(tl.float32)
-    if KEEP_KEYS:
-        cos = tl.load(cosines + position * HALF + pair)
-        sin = tl.load(sines + position * HALF + pair)
-        kept = new_keys + (token.to(tl.int64) * KEY_HEADS + head) * 2 * HALF + pair
-        tl.store(kept, first * cos - second * sin)
-        tl.store(kept + HALF, second * cos + first * sin)
+    slot = tl.load(slots + token)
     if slot >= 0:
         place = position - tl.load(bases + token)
-        cos = tl.load(cosines + place * HALF + pair)
-        sin = tl.load(sines + place * HALF + pair)
+        place_cos = tl.load(cosines + place * HALF + pair)
+        place_sin = tl.load(sines + place * HALF + pair)
         page = (slot // PAGE).to(tl.int64)
-        row = ((page * KEY_HEADS + head) * PAGE + slot % PAGE) * 2 * HALF + pair
-        tl.store(k_pages + row, first * cos - second * sin)
-        tl.store(k_pages + row + HALF, second * cos + first * sin)
-        tl.store(v_pages + row, tl.load(value))
-        tl.store(v_pages + row + HALF, tl.load(value + HALF))
+        at = ((page * KEY_HEADS + head) * PAGE + slot % PAGE) * HEAD_DIM + pair
+        tl.store(k_pages + at, first * place_cos - second * place_sin)
+        tl.store(k_pages + at + HALF, second * place_cos + first * place_sin)
+        tl.store(v_pages + at, tl.load(value))
+        tl.store(v_pages + at + HALF, tl.load(value + HALF))
+    tl.store(key, first * cos - second * sin)
+    tl.store(key + HALF, second * cos + first * sin)

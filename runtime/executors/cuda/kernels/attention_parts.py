@@ -13,8 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from framesink.runtime.executors.cuda.kernels.formats import OutputFormat, encode
+from framesink.runtime.executors.cuda.kernels.overlap import await_inputs, overlapping
 
 LOG2_E = 1.4426950408889634
+_PROGRAM_SIZE = 8192
+_FEW_SPLITS = 8
+_CHANNELS = 32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,67 +43,83 @@ def combine(parts: Parts, out: Tensor, output_format: OutputFormat) -> None:
     """Put parts together into `out` `[M, H·D]`. Rows without any context become 0."""
     rows, splits, head_dim = parts.values.shape
     smoothing = output_format.smoothing
-    _combine[(rows,)](
+    padded = triton.next_power_of_2(splits)
+    # Few rows are spread over many programs, and many rows over few.
+    channels = head_dim if padded <= _FEW_SPLITS else min(_CHANNELS, head_dim)
+    together = max(1, _PROGRAM_SIZE // (padded * channels))
+    _combine[(triton.cdiv(rows, together), head_dim // channels)](
         parts.values,
         parts.softmax,
         out,
         out if smoothing is None else smoothing,
         output_format.scale,
+        rows,
         out.shape[1] // head_dim,
         splits,
-        SPLITS=triton.next_power_of_2(splits),
+        ROWS=together,
+        SPLITS=padded,
         HEAD_DIM=head_dim,
+        CHANNELS=channels,
         SMOOTH=smoothing is not None,
         num_warps=4,
+        **overlapping(out.device),
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "splits"))
 def _combine(
     values,
     softmax,
     out,
     smoothing,
     out_scale,
+    rows,
     heads,
     splits,
+    ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    CHANNELS: tl.constexpr,
     SMOOTH: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    await_inputs(OVERLAP)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     split = tl.arange(0, SPLITS)
-    channel = tl.arange(0, HEAD_DIM)
-    exists = split < splits
-    part = row * splits + split
+    part = row.to(tl.int64)[:, None] * splits + split[None, :]
+    exists = (row < rows)[:, None] & (split < splits)[None, :]
     maximum = tl.load(softmax + 2 * part, mask=exists, other=-1e30)
     total = tl.load(softmax + 2 * part + 1, mask=exists, other=0.0)
-    weight = tl.exp2(maximum - tl.max(maximum, axis=0))
-    total = tl.sum(total * weight, axis=0)
+    weight = tl.exp2(maximum - tl.max(maximum, axis=1)[:, None])
+    total = tl.sum(total * weight, axis=1)[:, None]
     partial = tl.load(
-        values + part[:, None] * HEAD_DIM + channel[None, :], mask=exists[:, None], other=0.0
+        values + part[:, :, None] * HEAD_DIM + channel[None, None, :],
+        mask=exists[:, :, None],
+        other=0.0,
     )
-    whole = tl.sum(partial * weight[:, None], axis=0) / tl.where(total > 0.0, total, 1.0)
+    whole = tl.sum(partial * weight[:, :, None], axis=1) / tl.where(total > 0.0, total, 1.0)
+    place = row[:, None] * HEAD_DIM + channel[None, :]
     if SMOOTH:
-        whole *= tl.load(smoothing + (row % heads) * HEAD_DIM + channel)
+        whole *= tl.load(smoothing + place % (heads * HEAD_DIM))
     codes = encode(whole, out_scale, out.dtype.element_ty)
-    tl.store(out + row * HEAD_DIM + channel, codes)
+    tl.store(out + place, codes, mask=(row < rows)[:, None])
 
 
 @triton.jit
-def tile_rows(
-    tile_pages,
-    tile_masks,
-    tile,
-    head,
-    KEY_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAGE: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Where the rows of a tile begin in the pages (int64 `[TILE]`), and which of them count."""
-    row = tl.arange(0, TILE)
-    entry = tile * (TILE // PAGE) + row // PAGE
-    page = tl.load(tile_pages + entry).to(tl.int64)
-    visible = ((tl.load(tile_masks + entry) >> (row % PAGE)) & 1) != 0
-    return ((page * KEY_HEADS + head) * PAGE + row % PAGE) * HEAD_DIM, visible
+def row_offsets(slots, head, KEY_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr):
+    """Where the rows of `slots` begin in pages `[N, Hkv, page, D]`, int64."""
+    row = (slots // PAGE * KEY_HEADS + head) * PAGE + slots % PAGE
+    return row.to(tl.int64) * HEAD_DIM
+
+
+@triton.jit
+def add_tile(scores, value, maximum, total, mixed):
+    """One step of the softmax over tiles: `scores` `[ROWS, TILE]` with -inf where nothing is seen,
+    `value` `[TILE, D]`."""
+    highest = tl.maximum(maximum, tl.max(scores, axis=1))
+    weights = tl.exp2(scores - highest[:, None])
+    shrink = tl.exp2(maximum - highest)
+    total = total * shrink + tl.sum(weights, axis=1)
+    mixed = tl.dot(weights.to(value.dtype), value, mixed * shrink[:, None])
+    return highest, total, mixed

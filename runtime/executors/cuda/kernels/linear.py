@@ -1,13 +1,22 @@
 """Linear layers over one-byte weights: FP8 and INT8 W8A8, for few rows and for many."""
 
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from framesink.runtime.executors.cuda.kernels.linear_tiling import Tiling, choose_tiling
+from framesink.runtime.executors.cuda.kernels.linear_tiling import (
+    Tiling,
+    choose_tiling,
+    suits_library,
+)
+from framesink.runtime.executors.cuda.kernels.overlap import await_inputs, overlapping, prefetch
+
+_CACHE_LINE = 128
+_ONES = 4096
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,8 +53,26 @@ def linear(inputs: Tensor, weights: Weights, out: Tensor) -> None:
             torch.addmm(weights.bias, inputs, weights.weight.t(), out=out)
         return
     rows, depth = inputs.shape
-    tiling = choose_tiling(rows, len(weights.weight), depth, weights.weight.device)
-    launch(inputs, weights, out, tiling)
+    channels = len(weights.weight)
+    if suits_library(rows, channels, depth, inputs.dtype, out.dtype):
+        torch._scaled_mm(
+            inputs,
+            weights.weight.t(),
+            scale_a=_ones(-(-rows // _ONES) * _ONES, inputs.device)[:rows],
+            scale_b=weights.scale[None, :],
+            bias=weights.bias,
+            out_dtype=out.dtype,
+            use_fast_accum=True,
+            out=out,
+        )
+        return
+    launch(inputs, weights, out, choose_tiling(rows, channels, depth, inputs.dtype, out.device))
+
+
+@cache
+def _ones(rows: int, device: torch.device) -> Tensor:
+    """The scales of inputs whose own scale is in the channels': float32 `[rows, 1]`."""
+    return torch.ones((rows, 1), dtype=torch.float32, device=device)
 
 
 def launch(inputs: Tensor, weights: Weights, out: Tensor, tiling: Tiling) -> None:
@@ -55,6 +82,7 @@ def launch(inputs: Tensor, weights: Weights, out: Tensor, tiling: Tiling) -> Non
     column_tiles = triton.cdiv(channels, tiling.channels)
     row_tiles = triton.cdiv(rows, tiling.rows)
     sum_type = torch.int32 if weights.weight.dtype is torch.int8 else torch.float32
+    share = triton.cdiv(triton.cdiv(depth, tiling.depth), tiling.splits) * tiling.depth
     parts = out
     if tiling.splits > 1:
         parts = torch.empty((tiling.splits, rows, channels), dtype=sum_type, device=out.device)
@@ -69,7 +97,7 @@ def launch(inputs: Tensor, weights: Weights, out: Tensor, tiling: Tiling) -> Non
         rows,
         channels,
         depth,
-        triton.cdiv(triton.cdiv(depth, tiling.depth), tiling.splits) * tiling.depth,
+        share,
         ROWS=tiling.rows,
         CHANNELS=tiling.channels,
         DEPTH=tiling.depth,
@@ -78,12 +106,15 @@ def launch(inputs: Tensor, weights: Weights, out: Tensor, tiling: Tiling) -> Non
         ROW_TILES_TOGETHER=8,
         HAS_BIAS=weights.bias is not None,
         SUM_TYPE=tl.int32 if sum_type is torch.int32 else tl.float32,
+        PREFETCHED=tiling.prefetched if tiling.prefetched <= share else 0,
+        CACHE_LINE=_CACHE_LINE,
         num_warps=tiling.warps,
         num_stages=tiling.stages,
+        **overlapping(out.device),
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def _linear(
     inputs,
     weight,
@@ -104,6 +135,9 @@ def _linear(
     ROW_TILES_TOGETHER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SUM_TYPE: tl.constexpr,
+    PREFETCHED: tl.constexpr,
+    CACHE_LINE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     # The weight is the left operand, so that its channels fill the 64 rows of a matrix instruction
     # however few the tokens are; the product is transposed on the way out.
@@ -122,17 +156,23 @@ def _linear(
     step = tl.arange(0, DEPTH)
     start = split * share
     weight_row = weight + tl.where(has_channel, channel, 0).to(tl.int64)[:, None] * depth
-    input_row = inputs + tl.where(has_row, row, 0).to(tl.int64)[None, :] * depth
+    if OVERLAP and PREFETCHED > 0:
+        line = start + tl.arange(0, PREFETCHED // CACHE_LINE) * CACHE_LINE
+        prefetch(weight_row + line[None, :])
+    await_inputs(OVERLAP)
+    # A row that is not there is not read: all programs would ask for one cache line at a time.
+    input_row = inputs + row.to(tl.int64)[None, :] * depth
     sums = tl.zeros((CHANNELS, ROWS), SUM_TYPE)
     for at in range(start, tl.minimum(start + share, depth), DEPTH):
         place = at + step
         if WHOLE_DEPTH:
             codes = tl.load(weight_row + place[None, :])
-            activations = tl.load(input_row + place[:, None])
+            activations = tl.load(input_row + place[:, None], mask=has_row[None, :], other=0)
         else:
-            codes = tl.load(weight_row + place[None, :], mask=place[None, :] < depth, other=0.0)
+            inside = place < depth
+            codes = tl.load(weight_row + place[None, :], mask=inside[None, :], other=0)
             activations = tl.load(
-                input_row + place[:, None], mask=place[:, None] < depth, other=0.0
+                input_row + place[:, None], mask=inside[:, None] & has_row[None, :], other=0
             )
         sums = tl.dot(codes, activations, sums, out_dtype=SUM_TYPE)
 

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from framesink.runtime.executors.cuda.kernels.formats import OutputFormat, encode
+from framesink.runtime.executors.cuda.kernels.overlap import await_inputs, overlapping
 
 
 def rms_norm(
@@ -37,6 +38,7 @@ def rms_norm(
         ADD=delta is not None,
         SMOOTH=smoothing is not None,
         num_warps=min(16, max(1, block // 512)),
+        **overlapping(hidden.device),
     )
 
 
@@ -53,7 +55,9 @@ def _rms_norm(
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
     SMOOTH: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    await_inputs(OVERLAP)
     start = tl.program_id(0).to(tl.int64) * size
     column = tl.arange(0, BLOCK)
     exists = column < size

@@ -8,24 +8,27 @@ from torch import Tensor
 from framesink.runtime.executors.cuda.kernels.attention_parts import (
     LOG2_E,
     Parts,
+    add_tile,
     combine,
-    tile_rows,
+    row_offsets,
 )
 from framesink.runtime.executors.cuda.kernels.formats import OutputFormat
-from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable, pair_positions
-from framesink.runtime.executors.cuda.kernels.tiles import TILE_ROWS, DeviceTiles
+from framesink.runtime.executors.cuda.kernels.overlap import await_inputs, overlapping
+from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable, turn
+from framesink.runtime.executors.cuda.kernels.tiles import NO_SLOT, TILE_ROWS, DeviceTiles
 
 # The smallest matrix product's rows.
 _MIN_ROWS = 16
-# Programs per multiprocessor, over which contexts are split.
-_PROGRAMS = 2
-_MAX_SPLITS = 64
+# Programs that run at once on one multiprocessor.
+_PROGRAMS = 3
+_MANY = 8
+_WARPS = 4
+_STAGES = 3
 
 
 def paged_decode(
     qkv: Tensor,
     rotary: RotaryTable,
-    positions: Tensor,
     tiles: DeviceTiles,
     k_pages: Tensor,
     v_pages: Tensor,
@@ -35,8 +38,8 @@ def paged_decode(
 ) -> None:
     """Attend from each sequence's newest token to its tiles, which include that token's own row.
 
-    `qkv` `[B, (H + 2·Hkv)·D]` with queries first; `positions` int32 `[3, B]`; `k_pages` and
-    `v_pages` `[N, Hkv, page, D]`; `out` `[B, H·D]`. Every context is split into `splits` parts, by
+    `qkv` `[B, (H + 2·Hkv)·D]` as `rotate_and_append` left it; `k_pages` and `v_pages`
+    `[N, Hkv, page, D]`; `out` `[B, H·D]`. Every context is split into `splits` parts, by
     default so many that they fill the GPU. What is launched depends on shapes alone, so a CUDA
     graph can hold it.
     """
@@ -51,17 +54,14 @@ def paged_decode(
         qkv,
         rotary.cos,
         rotary.sin,
-        positions,
         tiles.bases,
-        tiles.pages,
-        tiles.masks,
+        tiles.slots,
         tiles.counts,
         k_pages,
         v_pages,
         parts.values,
         parts.softmax,
         qkv.stride(0),
-        positions.stride(0),
         tiles.bases.stride(0),
         LOG2_E / head_dim**0.5,
         GROUP=group,
@@ -70,21 +70,23 @@ def paged_decode(
         HALF=head_dim // 2,
         PAGE=page_size,
         TILE=TILE_ROWS,
-        TIME_END=rotary.time_end,
-        HEIGHT_END=rotary.height_end,
-        num_warps=4,
-        num_stages=3,
+        NO_SLOT=NO_SLOT,
+        num_warps=_WARPS,
+        num_stages=_STAGES,
+        **overlapping(qkv.device),
     )
     combine(parts, out, output_format)
 
 
 def decode_splits(rows: int, tiles: int, device: torch.device) -> int:
-    """How many parts to split contexts of `tiles` tiles into, for `rows` sequences · K/V heads."""
+    """How many parts to split contexts of `tiles` tiles into, for `rows` sequences · K/V heads: so
+    many that all programs run at once, or, if those would be few, in three full turns."""
     if device.type != "cuda":
         return min(tiles, 2)
     processors: int = torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = -(-_PROGRAMS * processors // rows)
-    return max(1, min(wanted, tiles, _MAX_SPLITS))
+    together = _PROGRAMS * processors
+    splits = together // rows if together >= _MANY * rows else 3 * together // rows
+    return max(1, min(splits, tiles))
 
 
 @triton.jit
@@ -92,17 +94,14 @@ def _paged_decode(
     qkv,
     cosines,
     sines,
-    positions,
     tile_bases,
-    tile_pages,
-    tile_masks,
+    tile_slots,
     tile_counts,
     k_pages,
     v_pages,
     values,
     softmax,
     qkv_stride,
-    positions_stride,
     tiles_stride,
     score_scale,
     GROUP: tl.constexpr,
@@ -111,9 +110,10 @@ def _paged_decode(
     HALF: tl.constexpr,
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
-    TIME_END: tl.constexpr,
-    HEIGHT_END: tl.constexpr,
+    NO_SLOT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    await_inputs(OVERLAP)
     sequence = tl.program_id(0)
     head = tl.program_id(1)
     split = tl.program_id(2)
@@ -132,35 +132,33 @@ def _paged_decode(
     query = query + row[:, None] * HEAD_DIM + pair[None, :]
     first = tl.load(query, mask=in_group[:, None], other=0.0).to(tl.float32) * score_scale
     second = tl.load(query + HALF, mask=in_group[:, None], other=0.0).to(tl.float32) * score_scale
-    position = pair_positions(positions, positions_stride, sequence, pair, TIME_END, HEIGHT_END)
 
     maximum = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, HEAD_DIM), tl.float32)
+    # What a tile is, is known one tile ahead, so that its keys and values can be prefetched.
+    member = tl.arange(0, TILE)
+    base = tl.load(tile_bases + begin, mask=begin < end, other=0)
+    slots = tl.load(tile_slots + begin * TILE + member, mask=begin < end, other=NO_SLOT)
     for tile in range(begin, end):
-        start, visible = tile_rows(
-            tile_pages, tile_masks, tile, head, KEY_HEADS, HEAD_DIM, PAGE, TILE
+        turned_first, turned_second = turn(
+            first, second, cosines, sines, -base, pair[None, :], HALF
         )
-        angle = (position - tl.load(tile_bases + tile)) * HALF + pair
-        cos = tl.load(cosines + angle)[None, :]
-        sin = tl.load(sines + angle)[None, :]
-        key = k_pages + start[None, :] + pair[:, None]
+        visible = slots != NO_SLOT
+        at = row_offsets(slots, head, KEY_HEADS, HEAD_DIM, PAGE)
+        more = tile + 1 < end
+        following = tile_slots + (tile + 1) * TILE + member
+        slots = tl.load(following, mask=more, other=NO_SLOT)
+        base = tl.load(tile_bases + tile + 1, mask=more, other=0)
+        key = k_pages + at[None, :] + pair[:, None]
         first_keys = tl.load(key, mask=visible[None, :], other=0.0)
         second_keys = tl.load(key + HALF, mask=visible[None, :], other=0.0)
-        rotated_first = (first * cos - second * sin).to(first_keys.dtype)
-        rotated_second = (second * cos + first * sin).to(first_keys.dtype)
-        scores = tl.dot(rotated_first, first_keys)
-        scores = tl.dot(rotated_second, second_keys, scores)
+        value = v_pages + at[:, None] + channel[None, :]
+        value = tl.load(value, mask=visible[:, None], other=0.0)
+        scores = tl.dot(turned_first.to(first_keys.dtype), first_keys)
+        scores = tl.dot(turned_second.to(second_keys.dtype), second_keys, scores)
         scores = tl.where(visible[None, :], scores, float("-inf"))
-        highest = tl.maximum(maximum, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - highest[:, None])
-        shrink = tl.exp2(maximum - highest)
-        total = total * shrink + tl.sum(weights, axis=1)
-        value = tl.load(
-            v_pages + start[:, None] + channel[None, :], mask=visible[:, None], other=0.0
-        )
-        mixed = tl.dot(weights.to(value.dtype), value, mixed * shrink[:, None])
-        maximum = highest
+        maximum, total, mixed = add_tile(scores, value, maximum, total, mixed)
 
     head_row = (sequence * KEY_HEADS + head).to(tl.int64) * GROUP + row
     part = head_row * splits + split

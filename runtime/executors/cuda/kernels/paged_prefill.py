@@ -1,4 +1,10 @@
-"""Attention of many new tokens: to the pages of their context, and causally to each other."""
+"""Attention of many new tokens: to the rows of their context, and causally to each other.
+
+Every program of a prefill reads the same context, and turning keys or queries in its inner loop
+costs more than the products do. So the context is gathered once per layer, its keys turned to their
+positions, and read by dense attention (FlashAttention-2, arXiv 2307.08691). New tokens of all heads
+of one K/V head are rows of one tile.
+"""
 
 import torch
 import triton
@@ -8,27 +14,30 @@ from torch import Tensor
 from framesink.runtime.executors.cuda.kernels.attention_parts import (
     LOG2_E,
     Parts,
+    add_tile,
     combine,
-    tile_rows,
 )
 from framesink.runtime.executors.cuda.kernels.formats import OutputFormat
-from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable, pair_positions
-from framesink.runtime.executors.cuda.kernels.tiles import TILE_ROWS, DeviceTiles
+from framesink.runtime.executors.cuda.kernels.gather_context import gather_context
+from framesink.runtime.executors.cuda.kernels.overlap import await_inputs, overlapping
+from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
+from framesink.runtime.executors.cuda.kernels.tiles import DeviceRows
 
-# Rows (tokens · heads of one K/V head) per program.
+# Rows (tokens · heads of one K/V head) and keys per program.
 _ROWS = 128
-_PROGRAMS = 4
+_KEYS = 128
+_PROGRAMS = 3
 _MAX_SPLITS = 32
+_WARPS = 8
+_STAGES = 2
 
 
 def paged_prefill(
     qkv: Tensor,
-    new_keys: Tensor,
     rotary: RotaryTable,
-    positions: Tensor,
     starts: Tensor,
     longest: int,
-    tiles: DeviceTiles,
+    rows: DeviceRows,
     k_pages: Tensor,
     v_pages: Tensor,
     out: Tensor,
@@ -37,134 +46,73 @@ def paged_prefill(
 ) -> None:
     """Attend from the new tokens of B sequences, packed one after another.
 
-    `qkv` `[M, (H + 2·Hkv)·D]` and `new_keys` `[M, Hkv, D]` as `append_rows` took and left them;
-    `positions` int32 `[3, M]`; `starts` int32 `[B+1]`: where each sequence begins, and the end;
-    `longest`: no sequence has more new tokens. `tiles` are those of the contexts, without the new
-    tokens, which attend to all of their tiles, and to each other in order. `out` `[M, H·D]`: rows
-    beyond the last sequence's end are undefined.
-    Contexts are split into `splits` parts, by default so many that they fill the GPU.
+    `qkv` `[M, (H + 2·Hkv)·D]` as `rotate_and_append` left it; `starts` int32 `[B+1]`: where each
+    sequence begins, and the end; `longest`: no sequence has more new tokens. `rows` are those of
+    the contexts, without the new tokens, which attend to all of them, and to each other in order.
+    `out` `[M, H·D]`: rows beyond the last sequence's end are undefined. Contexts are split into
+    `splits` parts, by default so many that they fill the GPU.
     """
     batch = len(starts) - 1
-    _, key_heads, page_size, head_dim = k_pages.shape
+    _, key_heads, _, head_dim = k_pages.shape
     heads = out.shape[1] // head_dim
     group = heads // key_heads
     blocks = triton.cdiv(longest * group, _ROWS)
+    keys, values = gather_context(qkv, rotary, starts, longest, rows, k_pages, v_pages)
+    room = keys.shape[2]
     if splits is None:
-        splits = _prefill_splits(batch * key_heads * blocks, tiles.bases.shape[1], qkv.device)
+        splits = _choose_splits(batch * key_heads * blocks, room, qkv.device)
     parts = Parts.empty(len(qkv) * heads, splits, head_dim, qkv.device)
     _paged_prefill[(blocks, splits, batch * key_heads)](
         qkv,
-        new_keys,
-        rotary.cos,
-        rotary.sin,
-        positions,
+        keys,
+        values,
         starts,
-        tiles.bases,
-        tiles.pages,
-        tiles.masks,
-        tiles.counts,
-        k_pages,
-        v_pages,
+        rows.counts,
         parts.values,
         parts.softmax,
         qkv.stride(0),
-        positions.stride(0),
-        tiles.bases.stride(0),
+        room,
         LOG2_E / head_dim**0.5,
         GROUP=group,
         ROWS=_ROWS,
+        KEYS=_KEYS,
         KEY_HEADS=key_heads,
-        HALF=head_dim // 2,
-        PAGE=page_size,
-        TILE=TILE_ROWS,
-        TIME_END=rotary.time_end,
-        HEIGHT_END=rotary.height_end,
-        num_warps=8,
-        num_stages=3,
+        HEAD_DIM=head_dim,
+        num_warps=_WARPS,
+        num_stages=_STAGES,
+        **overlapping(qkv.device),
     )
     combine(parts, out, output_format)
 
 
-def _prefill_splits(programs: int, tiles: int, device: torch.device) -> int:
+def _choose_splits(programs: int, room: int, device: torch.device) -> int:
     if device.type != "cuda":
         return 2
     processors: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(-(-_PROGRAMS * processors // programs), tiles, _MAX_SPLITS))
+    wanted = -(-_PROGRAMS * processors // programs)
+    return max(1, min(wanted, room // _KEYS, _MAX_SPLITS))
 
 
-@triton.jit
-def _rotated_queries(
-    query,
-    cosines,
-    sines,
-    positions,
-    positions_stride,
-    token,
-    exists,
-    base,
-    score_scale,
-    HALF: tl.constexpr,
-    TIME_END: tl.constexpr,
-    HEIGHT_END: tl.constexpr,
-):
-    """Both halves of the queries at `query` `[ROWS]`, rotated by their position minus `base`."""
-    pair = tl.arange(0, HALF)[None, :]
-    position = pair_positions(
-        positions, positions_stride, token[:, None], pair, TIME_END, HEIGHT_END
-    )
-    angle = (position - base) * HALF + pair
-    cos = tl.load(cosines + angle) * score_scale
-    sin = tl.load(sines + angle) * score_scale
-    address = query[:, None] + pair
-    stored_first = tl.load(address, mask=exists[:, None], other=0.0)
-    first = stored_first.to(tl.float32)
-    second = tl.load(address + HALF, mask=exists[:, None], other=0.0).to(tl.float32)
-    rotated_first = (first * cos - second * sin).to(stored_first.dtype)
-    rotated_second = (second * cos + first * sin).to(stored_first.dtype)
-    return rotated_first, rotated_second
-
-
-@triton.jit
-def _attend(scores, value, maximum, total, mixed):
-    """One step of the softmax over tiles: `scores` `[ROWS, TILE]` with -inf where nothing is seen,
-    `value` `[TILE, D]`."""
-    highest = tl.maximum(maximum, tl.max(scores, axis=1))
-    weights = tl.exp2(scores - highest[:, None])
-    shrink = tl.exp2(maximum - highest)
-    total = total * shrink + tl.sum(weights, axis=1)
-    mixed = tl.dot(weights.to(value.dtype), value, mixed * shrink[:, None])
-    return highest, total, mixed
-
-
-@triton.jit
+@triton.jit(do_not_specialize=("room",))
 def _paged_prefill(
     qkv,
-    new_keys,
-    cosines,
-    sines,
-    positions,
-    starts,
-    tile_bases,
-    tile_pages,
-    tile_masks,
-    tile_counts,
-    k_pages,
-    v_pages,
+    keys,
     values,
-    softmax,
+    starts,
+    counts,
+    mixed_parts,
+    softmax_parts,
     qkv_stride,
-    positions_stride,
-    tiles_stride,
+    room,
     score_scale,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
     KEY_HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    PAGE: tl.constexpr,
-    TILE: tl.constexpr,
-    TIME_END: tl.constexpr,
-    HEIGHT_END: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    await_inputs(OVERLAP)
     block = tl.program_id(0)
     split = tl.program_id(1)
     splits = tl.num_programs(1)
@@ -174,65 +122,44 @@ def _paged_prefill(
     length = tl.load(starts + sequence + 1) - start
     if block * ROWS >= length * GROUP:
         return
-    HEAD_DIM: tl.constexpr = 2 * HALF
     row = block * ROWS + tl.arange(0, ROWS)
     place = row // GROUP
     exists = place < length
-    token = start + tl.where(exists, place, 0)
-    pair = tl.arange(0, HALF)
+    token = (start + tl.where(exists, place, 0)).to(tl.int64)
     channel = tl.arange(0, HEAD_DIM)
-    query = qkv + token.to(tl.int64) * qkv_stride + (head * GROUP + row % GROUP) * HEAD_DIM
+    key = tl.arange(0, KEYS)
+    query = qkv + token * qkv_stride + (head * GROUP + row % GROUP) * HEAD_DIM
+    query = tl.load(query[:, None] + channel[None, :])
+    query = (query * score_scale).to(qkv.dtype.element_ty)
 
     maximum = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, HEAD_DIM), tl.float32)
+    count = tl.load(counts + sequence)
+    # What the last row of this block sees, cut into parts of whole tiles.
+    seen = count + tl.minimum(length, tl.cdiv((block + 1) * ROWS, GROUP))
+    share = tl.cdiv(tl.cdiv(seen, KEYS), splits) * KEYS
+    begin = split * share
+    end = tl.minimum(begin + share, seen)
+    # Tiles of context alone need no mask.
+    plain_end = tl.maximum(begin, tl.minimum(end, count // KEYS * KEYS))
+    rows = tl.program_id(2).to(tl.int64) * room
+    key_tile = keys + (rows + key)[None, :] * HEAD_DIM + channel[:, None]
+    value_tile = values + (rows + key)[:, None] * HEAD_DIM + channel[None, :]
+    for at in range(begin, plain_end, KEYS):
+        scores = tl.dot(query, tl.load(key_tile + at * HEAD_DIM))
+        value = tl.load(value_tile + at * HEAD_DIM)
+        maximum, total, mixed = add_tile(scores, value, maximum, total, mixed)
+    for at in range(plain_end, end, KEYS):
+        inside = at + key < end
+        scores = tl.dot(query, tl.load(key_tile + at * HEAD_DIM, mask=inside[None, :], other=0.0))
+        visible = (at + key)[None, :] <= tl.minimum(count + place, end - 1)[:, None]
+        scores = tl.where(visible, scores, float("-inf"))
+        value = tl.load(value_tile + at * HEAD_DIM, mask=inside[:, None], other=0.0)
+        maximum, total, mixed = add_tile(scores, value, maximum, total, mixed)
 
-    # The new tokens, by their positions: base 0. The last part of the context takes them along.
-    first, second = _rotated_queries(
-        query, cosines, sines, positions, positions_stride, token, exists, 0, score_scale,
-        HALF, TIME_END, HEIGHT_END,
-    )  # fmt: skip
-    seen = 0
-    if split == splits - 1:
-        seen = tl.minimum(length, tl.cdiv((block + 1) * ROWS, GROUP))
-    key_row = KEY_HEADS * HEAD_DIM
-    for begin in range(0, seen, TILE):
-        other = begin + tl.arange(0, TILE)
-        inside = other < length
-        key = new_keys + (start + other[None, :]).to(tl.int64) * key_row + head * HEAD_DIM
-        key = key + pair[:, None]
-        scores = tl.dot(first, tl.load(key, mask=inside[None, :], other=0.0))
-        scores = tl.dot(second, tl.load(key + HALF, mask=inside[None, :], other=0.0), scores)
-        scores = tl.where(other[None, :] <= place[:, None], scores, float("-inf"))
-        value = qkv + (start + other[:, None]).to(tl.int64) * qkv_stride
-        value = value + ((GROUP + 1) * KEY_HEADS + head) * HEAD_DIM + channel[None, :]
-        value = tl.load(value, mask=inside[:, None], other=0.0)
-        maximum, total, mixed = _attend(scores, value, maximum, total, mixed)
-
-    count = tl.load(tile_counts + sequence)
-    share = tl.cdiv(count, splits)
-    begin = sequence * tiles_stride + split * share
-    end = sequence * tiles_stride + tl.minimum((split + 1) * share, count)
-    rotated_for = 0
-    for tile in range(begin, end):
-        base = tl.load(tile_bases + tile)
-        if base != rotated_for:
-            first, second = _rotated_queries(
-                query, cosines, sines, positions, positions_stride, token, exists, base,
-                score_scale, HALF, TIME_END, HEIGHT_END,
-            )  # fmt: skip
-            rotated_for = base
-        at, visible = tile_rows(tile_pages, tile_masks, tile, head, KEY_HEADS, HEAD_DIM, PAGE, TILE)
-        key = k_pages + at[None, :] + pair[:, None]
-        scores = tl.dot(first, tl.load(key, mask=visible[None, :], other=0.0))
-        scores = tl.dot(second, tl.load(key + HALF, mask=visible[None, :], other=0.0), scores)
-        scores = tl.where(visible[None, :], scores, float("-inf"))
-        value = v_pages + at[:, None] + channel[None, :]
-        value = tl.load(value, mask=visible[:, None], other=0.0)
-        maximum, total, mixed = _attend(scores, value, maximum, total, mixed)
-
-    head_row = token.to(tl.int64) * (KEY_HEADS * GROUP) + head * GROUP + row % GROUP
-    part = head_row * splits + split
-    tl.store(softmax + 2 * part, maximum, mask=exists)
-    tl.store(softmax + 2 * part + 1, total, mask=exists)
-    tl.store(values + part[:, None] * HEAD_DIM + channel[None, :], mixed, mask=exists[:, None])
+    part = (token * (KEY_HEADS * GROUP) + head * GROUP + row % GROUP) * splits + split
+    tl.store(softmax_parts + 2 * part, maximum, mask=exists)
+    tl.store(softmax_parts + 2 * part + 1, total, mask=exists)
+    place_of_part = mixed_parts + part[:, None] * HEAD_DIM + channel[None, :]
+    tl.store(place_of_part, mixed, mask=exists[:, None])

@@ -1,4 +1,4 @@
-"""Rotary tables by whole position, and the pieces of kernels that read them."""
+"""Rotary tables by whole position, and rotation by a base."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -14,8 +14,8 @@ class RotaryTable:
     """Cosines and sines, float32 `[positions, D/2]`, of every rotary pair at every position.
 
     `sections` counts the pairs that turn by the t, h and w position of a token (M-RoPE, arXiv
-    2409.12191). Kernels look up a position minus a base and a place; the host makes sure that none
-    is below 0 or beyond the table.
+    2409.12191). Kernels look up positions, places and the magnitudes of bases; the host makes sure
+    that none is beyond the table.
     """
 
     cos: Tensor
@@ -51,10 +51,10 @@ class RotaryTable:
 
 
 @triton.jit
-def pair_positions(
-    positions, stride, tokens, pair, TIME_END: tl.constexpr, HEIGHT_END: tl.constexpr
-):
-    """Position of each of `tokens` `[...]` on the axis that `pair` `[...]` turns by: the broadcast
-    of both. `positions` int32 `[3, n]` has rows of `stride`."""
-    axis = tl.where(pair < TIME_END, 0, tl.where(pair < HEIGHT_END, 1, 2))
-    return tl.load(positions + axis * stride + tokens)
+def turn(first, second, cosines, sines, position, pair, HALF: tl.constexpr):
+    """Both halves of rows, rotated by `position` (broadcast; of any sign)."""
+    angle = tl.abs(position) * HALF + pair
+    cos = tl.load(cosines + angle)
+    sin = tl.load(sines + angle)
+    sin = tl.where(position < 0, -sin, sin)
+    return first * cos - second * sin, second * cos + first * sin

@@ -1,9 +1,8 @@
 """Contexts as attention kernels read them: tiles of rows that share one base.
 
-A key is stored rotated by its place, and a query is rotated, once per tile, by its position minus
-the tile's base; so all rows of a tile must have the same base. Attention does not depend on the
-order of rows. A page whose rows have several bases is therefore listed once for each of them, with
-a bit mask of the rows that count, and the entries of one base are packed into tiles.
+A key is stored rotated by its place, and a query is rotated back, once per tile, by the tile's
+base; so all rows of a tile must have the same base. Attention does not depend on the order of rows:
+the rows of one base are packed into tiles wherever they lie.
 """
 
 from dataclasses import dataclass
@@ -11,14 +10,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from framesink.runtime.arrays import AnyArray, Int32Array
+from framesink.runtime.arrays import Int32Array
 from framesink.runtime.executors.base import ContextView
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 TILE_ROWS = 64
-PAGE_SIZES = (8, 16, 32)
+# A slot of the null page, which holds no rows.
+NO_SLOT = 0
 _INITIAL_TILES = 64
 
 
@@ -26,36 +26,42 @@ _INITIAL_TILES = 64
 class DeviceTiles:
     """The tiles of B sequences on the GPU, padded to T.
 
-    `bases` int32 `[B, T]`. `pages` int32 `[B, T, E]`: the pages of a tile's E entries. `masks`
-    int32 `[B, T, E]`: bit r says whether row r of that page counts. `counts` int32 `[B]`: how many
-    tiles a sequence has, 0 for one that only fills up the batch.
+    `bases` int32 `[B, T]`. `slots` int32 `[B, T, 64]`: the rows of each tile, `NO_SLOT` where it
+    has none. `counts` int32 `[B]`: how many tiles a sequence has, 0 for one that only fills up the
+    batch.
     """
 
     bases: "Tensor"
-    pages: "Tensor"
-    masks: "Tensor"
+    slots: "Tensor"
+    counts: "Tensor"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceRows:
+    """The rows of B contexts on the GPU, in any order, padded to R.
+
+    `slots` and `bases` int32 `[B, R]`, `counts` int32 `[B]`: how many rows a context has.
+    """
+
+    slots: "Tensor"
+    bases: "Tensor"
     counts: "Tensor"
 
 
 class TileTable:
     """The tiles of one sequence's context, on the host.
 
-    `bases` int32 `[T]`, `pages` and `masks` int32 `[T, E]` as in `DeviceTiles`; the first `count`
-    tiles are in use. The entries that fill up a tile have mask 0 and the null page.
+    `bases` int32 `[T]` and `slots` int32 `[T, 64]` as in `DeviceTiles`; the first `count` tiles are
+    in use.
     """
 
     def __init__(self, page_size: int) -> None:
-        """Raises ValueError for a page size that is not in `PAGE_SIZES`."""
-        if page_size not in PAGE_SIZES:
-            raise ValueError(f"tiles are made of pages of {PAGE_SIZES} rows, not of {page_size}")
         self._page_size = page_size
-        self._entries = TILE_ROWS // page_size
-        self._places: dict[tuple[int, int], int] = {}
-        self._free: dict[int, int] = {}
+        self._open: dict[int, int] = {}
+        self._places: dict[int, int] = {}
         self.count = 0
         self.bases: Int32Array = np.zeros(_INITIAL_TILES, np.int32)
-        self.pages: Int32Array = np.zeros((_INITIAL_TILES, self._entries), np.int32)
-        self.masks: Int32Array = np.zeros((_INITIAL_TILES, self._entries), np.int32)
+        self.slots: Int32Array = np.full((_INITIAL_TILES, TILE_ROWS), NO_SLOT, np.int32)
 
     def rebuild(self, view: ContextView) -> None:
         """Take over a context as it is now. Raises ValueError for a view without bases."""
@@ -63,82 +69,65 @@ class TileTable:
             raise ValueError("a context without bases cannot be read by tiles")
         rows = np.flatnonzero(view.valid)
         slots = view.block_table[rows // self._page_size] * self._page_size
-        pages, bases, masks = self._runs(slots + rows % self._page_size, view.bases[rows])
-        # Both are int32: one sortable number per entry.
-        keys, inverse = np.unique((bases.astype(np.int64) << 32) | pages, return_inverse=True)
-        merged = np.zeros(len(keys), np.int64)
-        np.bitwise_or.at(merged, inverse, masks)
-        self._fill((keys >> 32).astype(np.int32), (keys & 0xFFFFFFFF).astype(np.int32), merged)
+        slots += (rows % self._page_size).astype(np.int32)
+        order = np.argsort(view.bases[rows], kind="stable")
+        self._fill(slots[order], view.bases[rows][order])
+
+    def rows(self) -> tuple[Int32Array, Int32Array]:
+        """Slots and bases of all rows, int32 `[n]` each."""
+        slots = self.slots[: self.count]
+        held = slots != NO_SLOT
+        return slots[held], np.repeat(self.bases[: self.count], held.sum(axis=1))
 
     def append(self, slots: Int32Array, bases: Int32Array) -> list[int]:
         """Add rows: `slots` int32 `[n]`, `bases` int32 `[n]`. Returns the tiles that changed."""
-        changed = []
-        for page, base, mask in self._listed_runs(slots, bases):
-            place = self._places.get((base, page))
-            if place is None:
-                place = self._take_entry(base)
-                self._places[base, page] = place
-                self.pages.flat[place] = page
-            self.masks.flat[place] |= mask
-            changed.append(place // self._entries)
-        return list(dict.fromkeys(changed))
+        changed: dict[int, None] = {}
+        ends = [*(np.flatnonzero(bases[1:] != bases[:-1]) + 1).tolist(), len(slots)]
+        start = 0
+        for end in ends:
+            while start < end:
+                base = int(bases[start])
+                place = self._open.get(base, 0)
+                if place % TILE_ROWS == 0:
+                    place = self._new_tile(base) * TILE_ROWS
+                run = slots[start : min(end, start + TILE_ROWS - place % TILE_ROWS)]
+                self.slots.flat[place : place + len(run)] = run
+                self._places.update(zip(run.tolist(), range(place, place + len(run)), strict=True))
+                self._open[base] = place + len(run)
+                changed[place // TILE_ROWS] = None
+                start += len(run)
+        return list(changed)
 
-    def forget(self, slots: Int32Array, bases: Int32Array) -> list[int]:
-        """Take rows out again, and return the tiles that changed. Entries stay until the next
-        `rebuild`, if with nothing to read. Raises KeyError for a row that is not there."""
-        changed = []
-        for page, base, mask in self._listed_runs(slots, bases):
-            place = self._places[base, page]
-            self.masks.flat[place] &= ~np.int32(mask)
-            changed.append(place // self._entries)
-        return list(dict.fromkeys(changed))
+    def forget(self, slots: Int32Array) -> list[int]:
+        """Take appended rows out again, and return the tiles that changed. Their places stay empty
+        until the next `rebuild`. Raises KeyError for a row that was not appended since the last."""
+        places = [self._places.pop(slot) for slot in slots.tolist()]
+        self.slots.flat[places] = NO_SLOT
+        return list(dict.fromkeys(place // TILE_ROWS for place in places))
 
-    def _runs(self, slots: AnyArray, bases: AnyArray) -> tuple[AnyArray, AnyArray, AnyArray]:
-        """Page, base and mask of every run of rows that share page and base."""
-        if slots.size == 0:
-            return slots, bases, slots
-        pages, rows = slots // self._page_size, slots % self._page_size
-        changes = (pages[1:] != pages[:-1]) | (bases[1:] != bases[:-1])
-        heads = np.concatenate([[0], np.flatnonzero(changes) + 1])
-        masks = np.bitwise_or.reduceat(np.int64(1) << rows.astype(np.int64), heads)
-        return pages[heads], bases[heads], masks
-
-    def _listed_runs(self, slots: Int32Array, bases: Int32Array) -> list[tuple[int, int, int]]:
-        pages, heads, masks = self._runs(slots, bases)
-        wrapped = masks.astype(np.int64).astype(np.uint32).view(np.int32)
-        return list(zip(pages.tolist(), heads.tolist(), wrapped.tolist(), strict=True))
-
-    def _fill(self, bases: Int32Array, pages: Int32Array, masks: AnyArray) -> None:
-        """Pack entries that are sorted by base."""
+    def _fill(self, slots: Int32Array, bases: Int32Array) -> None:
+        """Pack rows that are sorted by base."""
         starts = np.flatnonzero(np.concatenate([[True], bases[1:] != bases[:-1]])[: len(bases)])
         sizes = np.diff(np.concatenate([starts, [len(bases)]]))
-        tiles = -(-sizes // self._entries)
+        tiles = -(-sizes // TILE_ROWS)
         first = np.cumsum(tiles) - tiles
-        places = np.repeat(first * self._entries - starts, sizes) + np.arange(len(bases))
+        places = np.repeat(first * TILE_ROWS - starts, sizes) + np.arange(len(bases))
         self.count = int(tiles.sum())
         self._reserve(self.count)
-        self.pages[:] = 0
-        self.masks[:] = 0
+        self.slots[:] = NO_SLOT
         self.bases[: self.count] = np.repeat(bases[starts], tiles)
-        self.pages.flat[places] = pages
-        self.masks.flat[places] = masks.astype(np.uint32).view(np.int32)
-        keys = zip(bases.tolist(), pages.tolist(), strict=True)
-        self._places = dict(zip(keys, places.tolist(), strict=True))
-        ends = first * self._entries + sizes
-        self._free = dict(zip(bases[starts].tolist(), ends.tolist(), strict=True))
+        self.slots.flat[places] = slots
+        ends = first * TILE_ROWS + sizes
+        self._open = dict(zip(bases[starts].tolist(), ends.tolist(), strict=True))
+        self._places = {}
 
-    def _take_entry(self, base: int) -> int:
-        """The next unused entry of a base: in its last tile, or in a new one."""
-        place = self._free.get(base, 0)
-        if place % self._entries == 0:
-            self._reserve(self.count + 1)
-            place = self.count * self._entries
-            self.bases[self.count] = base
-            self.pages[self.count] = 0
-            self.masks[self.count] = 0
-            self.count += 1
-        self._free[base] = place + 1
-        return place
+    def _new_tile(self, base: int) -> int:
+        tile = self.count
+        self._reserve(tile + 1)
+        self.bases[tile] = base
+        self.slots[tile] = NO_SLOT
+        self.count += 1
+        return tile
 
     def _reserve(self, tiles: int) -> None:
         """Make room for `tiles` tiles, and some to come."""
@@ -147,5 +136,4 @@ class TileTable:
             return
         missing += len(self.bases) // 2
         self.bases = np.pad(self.bases, (0, missing))
-        self.pages = np.pad(self.pages, ((0, missing), (0, 0)))
-        self.masks = np.pad(self.masks, ((0, missing), (0, 0)))
+        self.slots = np.pad(self.slots, ((0, missing), (0, 0)), constant_values=NO_SLOT)

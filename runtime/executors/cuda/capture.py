@@ -1,0 +1,29 @@
+"""Work on the GPU, captured as a CUDA graph."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+_Result = TypeVar("_Result")
+# The first runs compile kernels and make room in torch's pool, neither of which can be captured.
+_WARM_UPS = 2
+
+
+def capture(
+    work: Callable[[], _Result], device: torch.device, pool: Any = None
+) -> tuple[torch.cuda.CUDAGraph, _Result]:
+    """A graph of `work`, and the tensors that every replay writes its result into.
+
+    Graphs of one `pool` share memory: of those only the latest replayed has a result.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UPS):
+            work()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = work()
+    return graph, result

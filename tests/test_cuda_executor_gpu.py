@@ -1,0 +1,102 @@
+"""The CUDA executor on a GPU: the demo model says what it says in ONNX Runtime."""
+
+import os
+from collections.abc import Iterator
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reference.triton_device import HAS_GPU
+
+from framesink.build.options import BuildOptions
+from framesink.build.pipeline import build_bundle
+from framesink.build.reporter import SilentReporter
+from framesink.runtime.arrays import UInt8Array
+from framesink.runtime.bundle import Bundle
+from framesink.runtime.engine import StreamingEngine
+from framesink.runtime.policies import SinkWindow
+from framesink.runtime.preprocess import resize_frames
+from framesink.runtime.session import Session
+from framesink.runtime.video.capture import ChunkStream
+from framesink.runtime.video.source import open_source
+
+DEMO = Path(__file__).parents[1] / "demo"
+CHUNKS = 200
+TOGETHER = 5
+# Small enough that text is cut and moved from the first minute on.
+POLICY = SinkWindow(sink_text=24, recent_text=40, vision_seconds=6, reply_turns=8)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not HAS_GPU, reason="there is no NVIDIA GPU on this machine"),
+    pytest.mark.skipif(not (DEMO / "model").is_dir(), reason="the demo model is not here"),
+]
+
+
+@pytest.fixture(scope="module", params=["fp16", "fp8", "int8"])
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's bundle in each precision, without plans."""
+    output = tmp_path_factory.mktemp("demo") / "bundle"
+    options: dict[str, Any] = {} if request.param == "fp16" else {"precision": request.param}
+    build_bundle(
+        BuildOptions(
+            DEMO / "model",
+            output,
+            plans=False,
+            judge=False,
+            calibration_videos=(DEMO / "clip.mp4",) if options else (),
+            max_streams=TOGETHER,
+            max_context=4096,
+            **options,
+        ),
+        SilentReporter(),
+    )
+    return output
+
+
+@pytest.fixture(scope="module")
+def clip(bundle: Path) -> list[UInt8Array]:
+    """The clip's chunks, at the size the model sees them."""
+    preprocess = Bundle.open(bundle).manifest.preprocess
+    source = open_source(str(DEMO / "clip.mp4"))
+    with ChunkStream(source, fps=preprocess.fps, realtime=False) as chunks:
+        return [resize_frames(chunk.frames, preprocess) for chunk in chunks]
+
+
+def replies(session: Session, frames: Iterator[UInt8Array]) -> Iterator[tuple[int, ...]]:
+    """What a session says to one chunk after the other."""
+    for shown in islice(frames, CHUNKS):
+        session.push(shown)
+        yield list(session)[-1].tokens
+    assert session.stats().evicted_tokens > 0
+
+
+def engine_of(bundle: Path, executor: str) -> StreamingEngine:
+    return StreamingEngine.load(
+        bundle, executor, threaded=False, threads=min(8, os.cpu_count() or 1)
+    )
+
+
+def test_two_hundred_chunks_alone_and_together(bundle: Path, clip: list[UInt8Array]) -> None:
+    """Every token of every reply; each session begins at another place of the clip."""
+    with engine_of(bundle, "onnxruntime") as reference, engine_of(bundle, "cuda") as engine:
+        expected = []
+        for index in range(TOGETHER):
+            with reference.open_session(POLICY) as session:
+                frames = cycle([*clip[13 * index :], *clip[: 13 * index]])
+                expected.append(list(replies(session, frames)))
+        with engine.open_session(POLICY) as session:
+            assert list(replies(session, cycle(clip))) == expected[0]
+        # together: all sessions have a chunk waiting before the engine works
+        sessions = [engine.open_session(POLICY) for _ in range(TOGETHER)]
+        found: list[list[tuple[int, ...]]] = [[] for _ in sessions]
+        for number in range(CHUNKS):
+            for index, session in enumerate(sessions):
+                shown = clip[(13 * index + number) % len(clip)]
+                session.push(shown)
+            engine.run_until_idle()
+            for said, session in zip(found, sessions, strict=True):
+                said.append(list(session)[-1].tokens)
+        assert engine.stats().mean_batch > 1.5
+        assert found == expected
