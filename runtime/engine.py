@@ -188,6 +188,7 @@ class StreamingEngine:
             chunk_seconds=plan.profile.chunk_seconds,
             max_patches=self.limits.max_patches if max_patches is None else max_patches,
             takes_frames=self._worker.takes_frames,
+            takes_embeddings=self._worker.takes_embeddings,
         )
 
     def run_until_idle(self) -> bool:

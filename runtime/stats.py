@@ -1,6 +1,7 @@
 """Figures of a session and of the engine."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class EngineStats:
 
     `pages_used` of `pages_total` hold rows now, `pages_reserved` are promised to open sessions.
     `mean_batch` is sequences a step, `tokens` counts those written. Times are seconds.
+    `gpu_seconds` is what a GPU worked on vision, prefill and decode; empty where there is none.
     """
 
     sessions: int
@@ -44,3 +46,4 @@ class EngineStats:
     mean_step_seconds: float
     last_step_seconds: float
     mean_encode_seconds: float
+    gpu_seconds: Mapping[str, float] = field(default_factory=dict)

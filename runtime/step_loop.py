@@ -9,11 +9,17 @@ from typing import Protocol
 
 from framesink.runtime.arrays import Float32Array, Int32Array
 from framesink.runtime.errors import FramesinkError, SessionClosedError
-from framesink.runtime.executors.base import ChoosingExecutor, Executor, SequenceInput
+from framesink.runtime.executors.base import (
+    ChoosingExecutor,
+    Executor,
+    FrameEncoder,
+    SequenceInput,
+)
 from framesink.runtime.observer import EngineObserver, StepReport
 from framesink.runtime.prefix import Prefix, PrefixCache
 from framesink.runtime.scheduler import Encoding, Scheduler, Share, Work
 from framesink.runtime.sequence import Sequence
+from framesink.runtime.session_input import PreparedChunk
 
 FINISHED = "The session was finished and takes no more input; open another."
 CLOSED = "The session was closed; open another."
@@ -59,6 +65,8 @@ class StepLoop:
     ) -> None:
         self.figures = LoopFigures()
         self._executor = executor
+        self._chooser = executor if isinstance(executor, ChoosingExecutor) else None
+        self._frame_encoder = executor if isinstance(executor, FrameEncoder) else None
         self._prefixes = prefixes
         self._scheduler = scheduler
         self._observer = observer
@@ -156,7 +164,7 @@ class StepLoop:
             sequence, chunk = waiting[number]
             started = time.monotonic()
             try:
-                sequence.encoded(self._executor.encode_vision(chunk.content, chunk.grid))
+                sequence.encoded(self._encode_chunk(chunk))
             except Exception as error:
                 self._fail(
                     sequence, error_sentence(f"{self._executor.name} could not encode", error)
@@ -166,6 +174,11 @@ class StepLoop:
             self.figures.encode_seconds += seconds
             self._observer.encoded(chunk.grid.patches, seconds)
         return bool(chosen)
+
+    def _encode_chunk(self, chunk: PreparedChunk) -> Float32Array:
+        if self._frame_encoder is not None and chunk.pixels is not None:
+            return self._frame_encoder.encode_frames(chunk.pixels, chunk.grid)
+        return self._executor.encode_vision(chunk.content, chunk.grid)
 
     def _step(self) -> bool:
         """Write one step's tokens and hand out its logits."""
@@ -208,8 +221,8 @@ class StepLoop:
 
     def _run(self, batch: list[SequenceInput]) -> list[Float32Array | int | None]:
         """Every sequence's next token, or the logits it chooses from itself."""
-        if isinstance(self._executor, ChoosingExecutor):
-            return self._executor.step_and_choose(batch)
+        if self._chooser is not None:
+            return self._chooser.step_and_choose(batch)
         return [*self._executor.step(batch)]
 
     def _prepare(

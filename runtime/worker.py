@@ -28,12 +28,13 @@ class Worker(Protocol):
 
     `run_once` belongs to the engine's thread; `admit`, `retire`, `wait_until_gone`, `stats` and
     `sessions` may be called from any. `page_size` is the grain in which the room that a session
-    needs is counted, in tokens. `takes_frames` says that chunks must come as frames, neither as
-    patches nor as embeddings.
+    needs is counted, in tokens. `takes_frames` says that chunks must come as frames, not as
+    patches, `takes_embeddings` that they may come as a vision encoder's answer.
     """
 
     page_size: int
     takes_frames: bool
+    takes_embeddings: bool
 
     @property
     def sessions(self) -> int:
