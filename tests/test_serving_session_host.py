@@ -387,7 +387,27 @@ def test_an_engine_that_fails_answers_everybody_and_is_reported() -> None:
             assert failed
         until(lambda: bool(at.broken))
         assert "The engine failed (SystemExit" in at.broken[0]
-        assert at.ask(3, start=True).code is not None
+        late = at.ask(3, start=True)
+        assert late.code is StatusCode.UNAVAILABLE
+        assert "The engine failed" in late.sentence
+
+
+def test_an_answer_that_cannot_be_sent_ends_its_session_alone() -> None:
+    class BrokenAnswer(Answer):
+        """Cannot be sent to, against what a responder promises."""
+
+        def send(self, event: Event, *, last: bool) -> None:
+            """See Responder."""
+            raise RuntimeError("no way")
+
+    with desk() as at:
+        at.open(1)
+        at.open(2)
+        broken = at.chunk(1, 0, answer=BrokenAnswer())
+        assert broken.code is StatusCode.INTERNAL
+        assert "(RuntimeError)" in broken.sentence
+        until(lambda: at.engine.stats().sessions == 1)
+        assert [at.chunk(2, 5).tokens] == alone([5])
 
 
 def test_submitting_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

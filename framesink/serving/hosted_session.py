@@ -151,7 +151,8 @@ class HostedSession:
     async def _open(self) -> None:
         opening, options = self._opening, self._around.options
         session = await self._run(
-            lambda: self._around.engine.open_session(
+            closed=StatusCode.UNAVAILABLE,  # the engine is: the session cannot be yet
+            work=lambda: self._around.engine.open_session(
                 opening.policy,
                 opening.query,
                 opening.sampling,
@@ -160,7 +161,7 @@ class HostedSession:
                 chunk_seconds=opening.chunk_seconds,
                 max_patches=opening.max_patches,
                 previous_text=opening.previous_text,
-            )
+            ),
         )
         self._session = session
         self._around.metrics.session_opened()
@@ -192,7 +193,7 @@ class HostedSession:
             else:
                 self._refuse(responder, error.code, str(error))
         else:
-            if request.finish:
+            if request.finish and not request.has_chunk:
                 self._tail = responder
             elif not request.has_chunk:
                 responder.finish()
@@ -220,8 +221,11 @@ class HostedSession:
             session.push_chunk(chunk, question=request.question, block=False)
         self._clock = Clock(t1, self._clock.chunk_seconds)
 
-    async def _run(self, work: Callable[[], _Result]) -> _Result:
-        """Do `work` in a worker's thread; the engine's refusals become ServingErrors."""
+    async def _run(
+        self, work: Callable[[], _Result], closed: StatusCode = StatusCode.NOT_FOUND
+    ) -> _Result:
+        """Do `work` in a worker's thread; the engine's refusals become ServingErrors, of status
+        `closed` where something is closed."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._around.workers, work)
         except ServingError:
@@ -229,7 +233,7 @@ class HostedSession:
         except BusyError as error:
             raise ServingError(StatusCode.UNAVAILABLE, str(error)) from error
         except SessionClosedError as error:
-            raise ServingError(StatusCode.NOT_FOUND, str(error)) from error
+            raise ServingError(closed, str(error)) from error
         except FramesinkError as error:
             raise ServingError(StatusCode.INVALID_ARGUMENT, str(error)) from error
 
@@ -237,10 +241,15 @@ class HostedSession:
 
     async def _read(self, session: Session) -> None:
         end = session_end.FINISHED
-        async for event in session:
-            self._route(event)
-            if event.kind is EventKind.ERROR:
-                end = session_end.failed(event.text)
+        try:
+            async for event in session:
+                self._route(event)
+                if event.kind is EventKind.ERROR:
+                    end = session_end.failed(event.text)
+        except Exception as error:
+            self._log.exception("An event could not be handed on")
+            end = session_end.failed(f"an event could not be handed on ({type(error).__name__}).")
+            session.close(wait=False)
         self._finish_up(self._end or end)
 
     def _route(self, event: Event) -> None:
