@@ -10,6 +10,11 @@ from framesink.serving.options import PARAMETER, ModelContext
 # Refused sessions keep their slot until the idle limit, and no free slot means waiting: so there
 # are far more of them than sessions. 65,536 cost the server 45 MB.
 SEQUENCE_SLOTS = 65_536
+# The language model ends idle sessions, and says so. Triton counts from a sequence's last request,
+# also while that is being answered, and says only that it does not know the sequence: so its own
+# limit comes later.
+IDLE_FACTOR = 2
+IDLE_EXTRA_SECONDS = 60
 
 _CONTROLS = {
     "START": triton.ModelSequenceBatching.Control.CONTROL_SEQUENCE_START,
@@ -17,10 +22,10 @@ _CONTROLS = {
 }
 # What the ensemble's steps take and give.
 _STEPS = {
-    contract.PREPROCESS: (contract.CHUNK_INPUTS, (contract.PATCHES, contract.GRID, contract.CHUNK)),
+    contract.PREPROCESS: (contract.CHUNK_INPUTS, contract.PREPROCESSED),
     contract.VISION_ENCODER: ((contract.PATCHES, contract.GRID), (contract.EMBEDDINGS,)),
     contract.LANGUAGE_MODEL: (
-        (contract.EMBEDDINGS, contract.GRID, contract.CHUNK, contract.QUESTION),
+        (*contract.ENCODED, contract.QUESTION),
         contract.EVENT_OUTPUTS,
     ),
     contract.POSTPROCESS: (contract.EVENT_OUTPUTS, contract.EVENT_OUTPUTS),
@@ -92,7 +97,8 @@ def _python_model(
 
 
 def _batch_sequences(batching: triton.ModelSequenceBatching, idle_seconds: float) -> None:
-    batching.max_sequence_idle_microseconds = round(idle_seconds * 1e6)
+    triton_seconds = IDLE_FACTOR * idle_seconds + IDLE_EXTRA_SECONDS
+    batching.max_sequence_idle_microseconds = round(triton_seconds * 1e6)
     batching.oldest.max_candidate_sequences = SEQUENCE_SLOTS
     for name, kind in _CONTROLS.items():
         control = batching.control_input.add(name=name).control.add(kind=kind)
