@@ -2,23 +2,28 @@
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol, cast
 
 import cv2
 import numpy as np
 
 from framesink.bench.measure import Quantiles
-from framesink.client import Client, SessionSettings
+from framesink.client import Client, SessionSettings, connect
 from framesink.client.client import SessionParameters
-from framesink.client.frames import compress
+from framesink.client.frames import FrameFormat, compress
 from framesink.runtime.engine import StreamingEngine
 from framesink.runtime.errors import FramesinkError
 from framesink.runtime.events import Event, EventKind
+from framesink.runtime.session_plan import default_policy
 from framesink.runtime.video.chunk import Chunk
 from framesink.serving.contract import LANGUAGE_MODEL, STREAMING_VLM
+from framesink.serving.endpoints import free_ports
+from framesink.serving.options import ServeOptions
+from framesink.serving.supervisor import Supervisor
 
 ROADS = {"direct": LANGUAGE_MODEL, "ensemble": STREAMING_VLM}
 
@@ -67,6 +72,25 @@ class _Session(Protocol):
     def __iter__(self) -> Iterator[Event]: ...
 
 
+@contextmanager
+def serving(bundle: Path, executor: str, threads: int | None) -> Iterator[Client]:
+    """A client of a server of `bundle`, started on free ports with room for what is measured.
+
+    Raises ServerError where it does not start.
+    """
+    grpc_port, http_port, metrics_port = free_ports(3)
+    options = ServeOptions(
+        grpc_port=grpc_port,
+        http_port=http_port,
+        metrics_port=metrics_port,
+        executor=executor,
+        threads=threads,
+        max_sessions=len(ROADS),
+    )
+    with Supervisor(bundle, options), connect(f"grpc://127.0.0.1:{grpc_port}") as client:
+        yield client
+
+
 def measure_serving(
     engine: StreamingEngine,
     client: Client,
@@ -74,25 +98,29 @@ def measure_serving(
     *,
     chunks: int,
     warmup: int,
-    settings: SessionSettings,
+    frame_format: FrameFormat,
+    windows: Mapping[str, Any],
     max_new_tokens: int | None = None,
 ) -> ServeReport:
     """Run the same chunks through the engine here and the server's roads, in turn, chunk by chunk,
     so that whatever else the machine does meets all of them alike.
 
-    The local runtime is given the pixels that the server gets. Raises what `Client.session` and
+    `windows` are parts of the policy in place of the bundle's (see SinkWindow). The local runtime
+    is given the pixels that the server gets. Raises what `Client.session` and
     `StreamingEngine.open_session` raise, FramesinkError if a session fails.
     """
-    limits: SessionParameters = {}
+    settings = SessionSettings(frame_format=frame_format)
+    parameters = cast(SessionParameters, dict(windows))
     if max_new_tokens is not None:
-        limits["max_new_tokens"] = max_new_tokens
+        parameters["max_new_tokens"] = max_new_tokens
+    policy = replace(default_policy(engine.defaults), **windows)
     with ExitStack() as stack:
         sessions: dict[str, _Session] = {
-            "local": stack.enter_context(engine.open_session(max_new_tokens=max_new_tokens))
+            "local": stack.enter_context(engine.open_session(policy, max_new_tokens=max_new_tokens))
         }
         for road, model in ROADS.items():
             sessions[road] = stack.enter_context(
-                client.session(settings=replace(settings, model=model), **limits)
+                client.session(settings=replace(settings, model=model), **parameters)
             )
         events = {name: iter(session) for name, session in sessions.items()}
         replies: dict[str, list[_Reply]] = {name: [] for name in sessions}

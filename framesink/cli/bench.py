@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
 from rich.console import Console
@@ -20,6 +20,7 @@ from framesink.bench.report import (
     concurrency_table,
     endurance_table,
     require_writable,
+    serve_table,
     streams_table,
     write_json,
 )
@@ -29,13 +30,16 @@ from framesink.runtime.errors import OptionError
 from framesink.runtime.session_plan import default_policy
 from framesink.runtime.video.chunk import Chunk
 
+if TYPE_CHECKING:  # it needs the client's packages, which no other benchmark does
+    from framesink.bench.serve import ServeReport
+
 _COUNT = click.IntRange(min=1)
 # What every stream begins with, so that its windows of text are full from the start.
 _PREVIOUS_TEXT = "The clouds go by. " * 200
-_Benchmark = Literal["chunk", "endurance", "concurrency", "streams"]
-_CHUNKS = {"chunk": 60, "endurance": 3600, "concurrency": 20, "streams": 20}
+_Benchmark = Literal["chunk", "endurance", "concurrency", "streams", "serve"]
+_CHUNKS = {"chunk": 60, "endurance": 3600, "concurrency": 20, "streams": 20, "serve": 200}
 # Time per chunk is that of full windows; sessions at once are compared from their first token.
-_WARMUP = {"chunk": 20, "endurance": 0, "concurrency": 3, "streams": 18}
+_WARMUP = {"chunk": 20, "endurance": 0, "concurrency": 3, "streams": 18, "serve": 10}
 
 
 @click.command()
@@ -76,6 +80,13 @@ _WARMUP = {"chunk": 20, "endurance": 0, "concurrency": 3, "streams": 18}
     metavar="N,N,…",
     help="Numbers of streams to hold, each for --chunks chunks; by default 1 and --sessions.",
 )
+@click.option(
+    "--frame-format",
+    type=click.Choice(["jpeg", "png", "raw"]),
+    default="jpeg",
+    show_default=True,
+    help="serve only: how frames travel.",
+)
 @click.option("--sink-text", type=click.IntRange(min=0), help="First tokens of text kept.")
 @click.option("--recent-text", type=click.IntRange(min=0), help="Last tokens of text kept.")
 @click.option("--vision-seconds", type=click.FloatRange(min=0), help="Seconds of video kept.")
@@ -94,6 +105,7 @@ def bench(
     warmup: int | None,
     sessions: int,
     streams: str | None,
+    frame_format: Literal["jpeg", "png", "raw"],
     sink_text: int | None,
     recent_text: int | None,
     vision_seconds: float | None,
@@ -106,7 +118,8 @@ def bench(
 
     chunk: time per chunk of one session. endurance: one session for very long, to see that nothing
     grows. concurrency: many sessions at once, each compared with itself alone. streams: how many
-    live streams the machine holds, in real time.
+    live streams the machine holds, in real time. serve: what a server adds to the time to the first
+    token and to each further one.
     """
     console = Console(highlight=False)
     width, height = _parse_size(size)
@@ -170,6 +183,20 @@ def bench(
                 previous_text=_PREVIOUS_TEXT,
             )
             table = streams_table(report)
+        elif what == "serve":
+            report = _measure_server(
+                engine,
+                engines,
+                video(0),
+                executor=executor,
+                threads=threads,
+                chunks=count,
+                warmup=uncounted,
+                frame_format=frame_format,
+                windows=given,
+                max_new_tokens=max_new_tokens,
+            )
+            table = serve_table(report)
         else:
             report = measure_concurrency(
                 engine,
@@ -209,6 +236,28 @@ def _open_engine(
     return open_random_engine(
         random_weights, precision, sessions=sessions, frame_size=(height, width)
     )
+
+
+def _measure_server(
+    engine: StreamingEngine,
+    bundle: Path | None,
+    video: Iterator[Chunk],
+    *,
+    executor: str,
+    threads: int | None,
+    **options: Any,
+) -> "ServeReport":
+    """Measure a server of the bundle, started for it, against the engine."""
+    if bundle is None:
+        raise OptionError("A server needs a bundle; give --engines BUNDLE.")
+    try:
+        from framesink.bench.serve import measure_serving, serving
+    except ModuleNotFoundError as error:
+        raise OptionError(
+            f"A server needs the package {error.name}; install framesink[triton]."
+        ) from error
+    with serving(bundle, executor, threads) as client:
+        return measure_serving(engine, client, video, **options)
 
 
 def _parse_counts(value: str) -> list[int]:

@@ -149,6 +149,6 @@ class AsyncClient:
         await self.close()
 
 
-async def connect_async(url: str, *, timeout: float = 5.0, tls: Tls | None = None) -> AsyncClient:
+async def connect_async(url: str, *, timeout: float = 10.0, tls: Tls | None = None) -> AsyncClient:
     """See `connect`."""
     return AsyncClient(await asyncio.to_thread(connect, url, timeout=timeout, tls=tls))

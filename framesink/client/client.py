@@ -98,7 +98,7 @@ class Client:
         self.close()
 
 
-def connect(url: str, *, timeout: float = 5.0, tls: Tls | None = None) -> Client:
+def connect(url: str, *, timeout: float = 10.0, tls: Tls | None = None) -> Client:
     """A client of the server at `grpc://HOST:PORT`, or `grpcs://HOST:PORT` with TLS.
 
     `timeout` bounds every short exchange with it, in seconds. Raises ServerGoneError if nobody

@@ -42,6 +42,8 @@ _MAX_QUESTIONS = 8
 _MAX_EVENTS = 1024
 _TRANSCRIPT_CHARACTERS = 8_000
 _JOIN_SECONDS = 2.0
+# A busy server may be late with an answer; one that is late so often in a row is gone.
+_LATE_ANSWERS = 3
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.1, 2.0
 
 
@@ -73,6 +75,7 @@ class SessionLink:
         self._waiting: list[Pending] = []
         self._unanswered: deque[str] = deque()
         self._requests = 0
+        self._late_answers = 0
         self._heard_at = self._asked_at = time.monotonic()
         connection.require_ready()
         self.sequence_id = self._start(parameters)
@@ -290,9 +293,14 @@ class SessionLink:
                 )
             if now - self._asked_at >= self.settings.quiet_seconds:
                 self._connection.require_session(self.settings.model, self.sequence_id)
+                self._late_answers = 0
                 self._asked_at = time.monotonic()
         except ClientError as error:
+            self._late_answers += 1
+            if error.code == "DEADLINE_EXCEEDED" and self._late_answers < _LATE_ANSWERS:
+                return
             with self._lock:
+                self._late_answers = 0
                 self._cause = error
             stream.cancel()
         finally:
