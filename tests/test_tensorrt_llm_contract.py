@@ -12,10 +12,10 @@ import pytest
 
 pytest.importorskip("transformers", reason="the stand-in runs on transformers")
 
-from fake import tensorrt_llm as stand_in  # noqa: E402
+from fake import tensorrt_llm as stand_in
 
-from framesink.runtime.errors import FramesinkError  # noqa: E402
-from framesink.runtime.executors.tensorrt_llm.contract import (  # noqa: E402
+from framesink.runtime.errors import FramesinkError
+from framesink.runtime.executors.tensorrt_llm.contract import (
     NEEDS,
     VIDEO_DATA_MODULES,
     VIDEO_DATA_PARAMETERS,
@@ -126,13 +126,14 @@ def test_video_data_may_be_at_its_later_place(
     early, late = VIDEO_DATA_MODULES
     module = sys.modules[early]
     monkeypatch.setitem(sys.modules, early, None)
-    with pytest.raises(FramesinkError, match="lacks .*VideoData or .*VideoData"):
+    with pytest.raises(FramesinkError, match=r"lacks .*VideoData or .*VideoData"):
         load_api()
     monkeypatch.setitem(sys.modules, late, module)
     assert load_api().video_data is stand_in.VideoData
 
 
-def test_where_it_is_not_installed_a_sentence_says_so() -> None:
+def test_where_it_is_not_installed_a_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_llm", None)
     with pytest.raises(FramesinkError, match=r"needs the package tensorrt_llm .*not installed;"):
         load_api()
 
