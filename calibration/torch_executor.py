@@ -16,7 +16,7 @@ from framesink.calibration.torch_layers import TorchLayers, attend, rotate
 from framesink.calibration.torch_vision import TorchVisionEncoder
 from framesink.calibration.torch_weights import TorchWeights
 from framesink.runtime.arrays import Float32Array, Int32Array
-from framesink.runtime.errors import CapacityError, CheckpointError, OptionError
+from framesink.runtime.errors import CapacityError, CheckpointError
 from framesink.runtime.executors.base import ContextView, SequenceInput
 from framesink.runtime.models.checkpoint import Checkpoint
 from framesink.runtime.models.weights import EMBEDDING, FINAL_NORM, layer_name, output_projection
@@ -88,27 +88,6 @@ class TorchExecutor:
         with torch.no_grad():
             return [self._run(sequence) for sequence in batch]
 
-    def take_over(self, other: "TorchExecutor") -> None:
-        """Hold the K/V rows of `other`, as this executor's cache gives them back.
-
-        Whatever errors this executor's own rows had are gone; those of storing the other's remain.
-        Raises OptionError unless both have the same pages.
-        """
-        if (self.num_pages, self.page_size) != (other.num_pages, other.page_size):
-            raise OptionError(
-                f"Rows go from {other.num_pages} pages of {other.page_size} rows to as many of the "
-                f"same size, not to {self.num_pages} of {self.page_size}."
-            )
-        with torch.no_grad():
-            for index, (theirs, ours) in enumerate(zip(other._pools, self._pools, strict=True)):
-                keys, values = (pool.to(self._device, self._dtype) for pool in theirs)
-                bias = self._key_bias(index)
-                # Rows outlive the positions they were written at; any position will do.
-                still = torch.zeros(len(keys), keys.shape[-1] // 2).to(keys)
-                stored = self._numerics.stored_keys(index, keys, bias, (still + 1.0, still))
-                ours[0].copy_(stored)
-                ours[1].copy_(self._numerics.stored_values(index, values))
-
     def close(self) -> None:
         """Free weights and pages."""
         self._weights.close()
@@ -139,7 +118,7 @@ class TorchExecutor:
         queries = self._heads(self._layers.linear(f"{name}.q_proj", inputs))
         keys = self._heads(self._layers.linear(f"{name}.k_proj", inputs, bias=False))
         values = self._heads(self._layers.linear(f"{name}.v_proj", inputs))
-        bias = self._key_bias(index)
+        bias = self._weights.get(f"{name}.k_proj.bias").view(keys.shape[1:])
         if self._taps is not None:
             self._taps.keys(index, keys, rotate(keys + bias, rows.rotary_written))
             self._taps.values(index, values)
@@ -186,12 +165,6 @@ class TorchExecutor:
         )
         projection = output_projection(text).removesuffix(".weight")
         return _to_host(self._layers.linear(projection, normed, bias=False)[0])
-
-    def _key_bias(self, index: int) -> Tensor:
-        """The bias `[Hkv, D]` of a layer's keys."""
-        text = self._config.text
-        bias = self._weights.get(f"{layer_name(index)}.self_attn.k_proj.bias")
-        return bias.view(text.num_key_value_heads, text.head_dim)
 
     def _heads(self, projected: Tensor) -> Tensor:
         """`[n, heads·D]` to `[n, heads, D]`."""

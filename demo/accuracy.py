@@ -3,7 +3,7 @@
     python -m demo.accuracy schemes WORK    every precision of weights and cache, in real bundles
     python -m demo.accuracy caches WORK     ways to store keys, on the model and on its K-bias twin
     python -m demo.accuracy drift WORK      agreement along long streams, in real bundles
-    python -m demo.accuracy ageing WORK     whether errors add up along them, simulated in torch
+    python -m demo.accuracy ageing WORK     whether errors add up along them, in real bundles
 
 WORK is a folder for calibration videos, bundles, the twin and results; what is there already is not
 made again. Scenes are held out; each is shown as live video, with its questions. With several

@@ -13,8 +13,7 @@ from demo.world import make_scene
 from framesink.calibration.agreement import TurnAgreement
 from framesink.calibration.recorded_turns import StreamSettings
 from framesink.runtime.bundle import Bundle
-from framesink.runtime.executors import create_executor
-from framesink.runtime.executors.base import Executor
+from framesink.runtime.executors.onnxruntime import OnnxRuntimeExecutor
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +62,12 @@ class CompareTask:
         return make_scene(self.seed, self.seconds)
 
 
-def executor(directory: Path) -> tuple[Executor, StreamSettings]:
+def executor(directory: Path) -> tuple[OnnxRuntimeExecutor, StreamSettings]:
     """ONNX Runtime on one thread over a bundle, with pages for one session."""
     bundle = Bundle.open(directory)
     settings = StreamSettings.from_bundle(bundle)
     pages = settings.num_pages(bundle.manifest.page_size)
-    return create_executor(bundle, "onnxruntime", num_pages=pages, threads=1)[0], settings
+    return OnnxRuntimeExecutor.from_bundle(bundle, num_pages=pages, threads=1), settings
 
 
 def compare_bundles(task: CompareTask) -> dict[str, Any]:

@@ -1,22 +1,14 @@
 """Agreement with 16-bit along long streams, and whether errors add up in them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from demo.accuracy_bundles import Scheme, scheme_name, settings_of
+from demo.accuracy_bundles import Scheme, scheme_name
 from demo.accuracy_run import CompareTask, Run, compare_bundles, turns_from_json, turns_to_json
 from demo.ageing import AGES, measure_ageing
-from demo.world import make_scene
 from framesink.calibration.agreement import TurnAgreement
-from framesink.calibration.fake_quantization import FakeQuantization
-from framesink.calibration.recipe import Recipe
-from framesink.calibration.simulation import simulate_cache, simulate_linears
-from framesink.calibration.statistics_files import load_statistics
-from framesink.runtime.models.checkpoint import Checkpoint
 
 DRIFT_SCHEMES: tuple[Scheme, ...] = (("fp16", "int8"), ("fp8", "fp16"), ("fp8", "int8"))
 AGEING_SCHEMES: tuple[Scheme, ...] = (("fp16", "int8"), ("fp8", "fp16"))
@@ -58,9 +50,11 @@ def ageing_rows(run: Run) -> Iterator[list[str]]:
     """A row per scheme and compared stretch: the same tokens with old and with young errors."""
     yield ["scheme", "chunks", "entropy", *(f"{age}: {what}" for age in AGES for what in _COLUMNS)]
 
+    bundles = run.bundles([("fp16", "fp16"), *AGEING_SCHEMES])
+    candidates = {scheme_name(scheme): bundles[scheme] for scheme in AGEING_SCHEMES}
     tasks = {
-        f"ageing-{scene.seed}": AgeingTask(
-            run.checkpoint, run.statistics, scene.seed, scene.seconds
+        f"ageing-{scene.seed}": CompareTask(
+            bundles["fp16", "fp16"], candidates, scene.seed, scene.seconds
         )
         for scene in run.scenes
     }
@@ -77,16 +71,6 @@ def ageing_rows(run: Run) -> Iterator[list[str]]:
             for age in AGES:
                 cells += _cells(inside[age] if age != "fresh" or chunks is stretches[-1] else [])
             yield cells
-
-
-@dataclass(frozen=True, slots=True)
-class AgeingTask:
-    """A scene on which errors of different ages are compared."""
-
-    checkpoint: Path
-    statistics: Path
-    seed: int
-    seconds: int
 
 
 _COLUMNS = ("mean KL", "median", "where sure", "top-1")
@@ -123,21 +107,11 @@ def _inside(turns: Sequence[TurnAgreement], chunks: range) -> list[TurnAgreement
     return [turn for turn in turns if turn.chunk in chunks]
 
 
-def _age(task: AgeingTask) -> dict[str, Any]:
-    checkpoint, statistics = Checkpoint.open(task.checkpoint), load_statistics(task.statistics)
-    schemes = {}
-    for precision, cache in AGEING_SCHEMES:
-        recipe = Recipe(language_model=precision, vision_encoder=precision, kv_cache=cache)
-        quantization = recipe.resolve(checkpoint.config)
-        schemes[scheme_name((precision, cache))] = FakeQuantization(
-            simulate_linears(checkpoint, statistics, quantization),
-            simulate_cache(statistics, quantization.cache),
-        )
+def _age(task: CompareTask) -> dict[str, Any]:
     found = measure_ageing(
-        checkpoint,
-        schemes,
-        settings_of(task.checkpoint),
-        make_scene(task.seed, task.seconds),
+        task.reference,
+        task.candidates,
+        task.scene,
         stretches=_aged(task.seconds),
         opened=task.seconds - FRESH_CHUNKS,
     )

@@ -75,6 +75,12 @@ class OnnxRuntimeExecutor:
             threads=threads,
         )
 
+    @property
+    def pages(self) -> Mapping[str, AnyArray]:
+        """The pages `[N, Hkv, page, D]` of every layer's K and V, by graph input; what is written
+        into them is read by the next step."""
+        return self._pools
+
     def encode_vision(self, patches: Float32Array, grid: Grid) -> Float32Array:
         """See `OnnxVisionEncoder`."""
         return self._vision.encode_vision(patches, grid)
