@@ -238,6 +238,24 @@ def test_a_crashed_server_goes_on_from_the_transcript(server: FakeTriton, client
         assert session.transcript == WORDS * 3
 
 
+def test_a_forgotten_session_gets_its_chunks_again_in_order(
+    server: FakeTriton, client: Client
+) -> None:
+    settings = SessionSettings(max_in_flight=4, reconnect_seconds=5.0)
+    with client.session(settings=settings) as session:
+        session.push(FRAME, t0=0.0, t1=1.0)
+        events = iter(session)
+        for _ in range(3):
+            next(events)
+        server.sessions.clear()
+        for second in (5.0, 6.0, 7.0):
+            session.push(FRAME, t0=second, t1=second + 1.0)
+        notice, *replies = itertools.islice(events, 10)
+        assert "a new one goes on" in notice.text
+        assert [event.t0 for event in replies] == [5.0] * 3 + [6.0] * 3 + [7.0] * 3
+        assert [event.turn for event in replies] == [1] * 3 + [2] * 3 + [3] * 3
+
+
 def test_a_chunk_that_brings_servers_down_is_sent_twice_at_most(
     server: FakeTriton, client: Client
 ) -> None:

@@ -1,6 +1,8 @@
 """The demo clip on the real server: the captions of the local runtime, token for token."""
 
 import asyncio
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from framesink.runtime.video.capture import ChunkStream
 from framesink.runtime.video.chunk import Chunk
 from framesink.runtime.video.source import open_source
 
-CLIP = Path(__file__).parents[1] / "demo" / "clip.mp4"
+ROOT = Path(__file__).parents[1]
+CLIP, SCRIPT = ROOT / "demo" / "clip.mp4", ROOT / "scripts" / "stream_client.py"
 QUESTIONS = {31: "Where is the purple star?", 63: "How many red stars have entered?"}
 
 
@@ -92,6 +95,24 @@ def test_jpeg_frames_are_narrated_as_they_arrive(
         expected = narrate(engine.open_session(), [as_received(chunk) for chunk in clip[:24]])
     with connect(demo_server.url) as client, client.session() as session:
         assert narrate(session, clip[:24]) == expected
+
+
+def test_the_script_prints_captions(demo_server: RunningServer, local: list[Any]) -> None:
+    arguments = [demo_server.url, CLIP, "--fast", "--frame-format", "png"]
+    result = subprocess.run(
+        [sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=120
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    asked = min(turn for turn, _, question, *_ in local if question)
+    expected: dict[int, str] = {}
+    for turn, _, _, text, *_ in local:
+        expected[turn] = expected.get(turn, "") + text
+    lines = [f"[{turn:.1f}–{turn + 1:.1f}] {text}" for turn, text in expected.items() if text]
+    before = [line for line in lines if float(line[1:].split("–")[0]) < asked]
+    assert [" ".join(line.split()) for line in result.stdout.splitlines()][: len(before)] == [
+        " ".join(line.split()) for line in before
+    ]
+    assert len(before) > 10
 
 
 def test_asyncio_without_waiting_for_replies(

@@ -407,8 +407,9 @@ class SessionLink:
             self._unanswered.remove(question or "")
 
     def _take_pending(self) -> list[Pending]:
-        """All that is under way or waits; the lock is held."""
-        taken = [*self._pending.values(), *self._waiting]
+        """All that is under way or waits, in the order it was sent; the lock is held."""
+        under_way = sorted(self._pending.values(), key=lambda p: int(p.request.request_id))
+        taken = [*under_way, *self._waiting]
         self._pending.clear()
         self._waiting = []
         return taken
