@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from framesink.bench import endurance
+from framesink.bench import endurance, streams
 from framesink.bench.endurance import Checkpoint, EnduranceReport, checkpoint_chunks
 from framesink.bench.input import clip_chunks, generated_chunks
 from framesink.bench.measure import Quantiles
+from framesink.bench.streams import StreamsResult
 from framesink.cli.main import framesink
 from framesink.runtime.errors import OptionError, VideoError
 
@@ -123,10 +124,41 @@ def test_concurrency(tiny_bundle: Path, tmp_path: Path) -> None:
     assert figures["pages_peak"] > 0
 
 
+def test_streams(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "SETTLING", 1.0)
+    path = tmp_path / "streams.json"
+    options = ["--streams", "3,1", "--chunks", 2, "--warmup", 1, "--json", path]
+    run("streams", "--engines", tiny_bundle, *options, *SMALL)
+    figures = json.loads(path.read_text())
+    assert [result["streams"] for result in figures["results"]] == [1, 3]
+    for result in figures["results"]:
+        # however slow the machine is: a chunk is answered, or was refused
+        assert 0 <= 2 * result["streams"] - result["counted"] <= result["refused"]
+        assert result["chunk"]["count"] == result["counted"]
+    assert figures["environment"]["versions"].keys() >= {"framesink", "numpy"}
+
+
+@pytest.mark.parametrize(
+    ("refused", "p99", "live"), [(0, 0.99, True), (1, 0.5, False), (0, 1.0, False)]
+)
+def test_a_stream_is_live_if_replies_are_in_time(refused: int, p99: float, live: bool) -> None:
+    times = Quantiles(0.4, p99, 100)
+    result = StreamsResult(4, 25.0, 100, times, times, times, refused, 2.0, {})
+    assert result.is_live(1.0) is live
+
+
+def test_random_weights_need_a_size_and_no_bundle(tiny_bundle: Path) -> None:
+    for arguments in ([], ["--engines", str(tiny_bundle), "--random-weights", "7b"]):
+        result = CliRunner().invoke(framesink, ["bench", *arguments])
+        assert result.exit_code == 2
+        assert "--random-weights" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
         (["--size", "0x4"], 2, "WIDTHxHEIGHT"),
+        (["streams", "--streams", "2,x"], 2, "list of numbers"),
         (["endurance", "--chunks", 100], 2, "too few"),
         (["--json", "/dev/null/x"], 9, "cannot be written"),
         (["concurrency", "--sessions", 40], 6, "sessions"),
