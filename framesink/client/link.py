@@ -3,7 +3,6 @@
 It knows no waiting caller: `session.py` and `aio.py` wait, each in their own way.
 """
 
-import secrets
 import threading
 import time
 from collections import deque
@@ -17,7 +16,6 @@ from framesink.client.errors import (
     RefusedError,
     ResponseError,
     ServerGoneError,
-    ServerUnavailableError,
     SessionLostError,
 )
 from framesink.client.flow import Flow
@@ -30,13 +28,13 @@ from framesink.client.replies import (
     may_be_sent_again,
     places,
 )
+from framesink.client.server_session import ServerSession
 from framesink.client.settings import SessionSettings
 from framesink.client.stream import RequestStream
 from framesink.client.transcript import Transcript
-from framesink.client.wire import ChunkPayload, ParameterValue, Request, Response
+from framesink.client.wire import ChunkPayload, ParameterValue, Request, Response, WireError
 from framesink.runtime.errors import BacklogError, FramesinkError, SessionClosedError
 from framesink.runtime.events import EventKind
-from framesink.serving.contract import LANGUAGE_MODEL
 
 _MAX_QUESTIONS = 8
 _MAX_EVENTS = 1024
@@ -44,7 +42,6 @@ _TRANSCRIPT_CHARACTERS = 8_000
 _JOIN_SECONDS = 2.0
 # A busy server may be late with an answer; one that is late so often in a row is gone.
 _LATE_ANSWERS = 3
-_FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.1, 2.0
 
 
 class SessionLink:
@@ -56,11 +53,10 @@ class SessionLink:
         settings: SessionSettings,
         parameters: Mapping[str, ParameterValue],
     ) -> None:
-        """Open a session on the server. Raises what `Connection.require_ready` and `call` do."""
+        """Open a session on the server. Raises what ServerSession does."""
         self.settings = settings
         self.flow = Flow(settings.max_in_flight, _MAX_EVENTS)
         self._connection = connection
-        self._parameters = parameters
         self._transcript = Transcript(
             _TRANSCRIPT_CHARACTERS, str(parameters.get("previous_text", ""))
         )
@@ -77,8 +73,12 @@ class SessionLink:
         self._requests = 0
         self._late_answers = 0
         self._heard_at = self._asked_at = time.monotonic()
-        connection.require_ready()
-        self.sequence_id = self._start(parameters)
+        self._session = ServerSession(connection, settings.model, parameters)
+
+    @property
+    def sequence_id(self) -> int:
+        """Triton's correlation id of now."""
+        return self._session.sequence_id
 
     @property
     def transcript(self) -> str:
@@ -129,7 +129,7 @@ class SessionLink:
             return
         self._drop(gently=False)
         with suppress(ClientError):  # or else the server would take the client for gone, and wait
-            self._connection.require_session(self.settings.model, self.sequence_id)
+            self._session.require_known()
 
     def _drop(self, *, gently: bool) -> None:
         """Have nothing more to do with what is under way.
@@ -157,7 +157,7 @@ class SessionLink:
             self._closing.set()
             over = self.flow.ended
         if not over:
-            self._end_on_server()
+            self._session.end()
         self.flow.end(for_good=True)
         self._drop(gently=True)
 
@@ -203,7 +203,7 @@ class SessionLink:
                 self._end()
                 return
         if response.error is not None:
-            self._refused(stream, pending, response.error.sentence)
+            self._refused(stream, pending, response.error)
         elif last:
             self.flow.return_places(pending.holds_place)
         if over:
@@ -232,29 +232,27 @@ class SessionLink:
             self.flow.return_places(places(lost))
             self.flow.end(None if self._closing.is_set() else failure)
 
-    def _refused(self, stream: RequestStream, pending: Pending, sentence: str) -> None:
-        """One request was refused, or the session is lost: the server is asked which."""
+    def _refused(self, stream: RequestStream, pending: Pending, error: WireError) -> None:
+        """One request was refused, or the session is over."""
         if self._closing.is_set():
             return
-        try:
-            self._connection.require_session(self.settings.model, self.sequence_id)
-        except ClientError as error:
+        if error.session_over:
             with self._lock:
                 if stream is self._stream:
-                    self._cause = error
+                    self._cause = SessionLostError(error.sentence, error.code or "UNKNOWN")
                     # It was not taken, so it may be sent again.
                     self._pending[pending.request.request_id] = pending
             stream.cancel()
             return
         if pending.request.end:
-            self.flow.end(RefusedError(sentence))
+            self.flow.end(RefusedError(error.sentence, error.code or "UNKNOWN"))
             return
         with self._lock:
             self._settle(pending.request.question)
             if pending.request.chunk is None:
-                notice = self._replies.notice(sentence)
+                notice = self._replies.notice(error.sentence)
             else:
-                notice = self._replies.lost(pending, sentence)
+                notice = self._replies.lost(pending, error.sentence)
         self.flow.put(notice, returns_place=pending.holds_place)
 
     def _end(self) -> None:
@@ -281,7 +279,7 @@ class SessionLink:
         if stream is None or silent < self.settings.quiet_seconds:
             return
         if finished:
-            self._end()
+            self._give_up()
             return
         if not self._probing.acquire(blocking=False):
             return
@@ -292,7 +290,10 @@ class SessionLink:
                     "open another."
                 )
             if now - self._asked_at >= self.settings.quiet_seconds:
-                self._connection.require_session(self.settings.model, self.sequence_id)
+                if self._finishing:  # Triton forgets a sequence with its END, answered or not
+                    self._connection.require_ready()
+                else:
+                    self._session.require_known()
                 self._late_answers = 0
                 self._asked_at = time.monotonic()
         except ClientError as error:
@@ -306,20 +307,20 @@ class SessionLink:
         finally:
             self._probing.release()
 
+    def _give_up(self) -> None:
+        """The session is finished on the server; replies that have not come will not."""
+        with self._lock:
+            lost = [p for p in self._take_pending() if p.holds_place]
+            notices = [self._replies.lost(pending, LOST_REPLY) for pending in lost]
+        for notice in notices:
+            self.flow.put(notice, returns_place=True)
+        self._end()
+
     def _reattach(self, since: float, deadline: float, lost: list[Pending]) -> None:
         """Find the session again, or open another that goes on from the transcript."""
-        wait = _FIRST_WAIT_SECONDS
-        while not self._closing.is_set():
-            try:
-                anew = self._find_session()
-                break
-            except ServerUnavailableError:
-                if time.monotonic() + wait >= deadline:
-                    raise
-                self._closing.wait(wait)
-                wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
+        anew = self._session.find(self.transcript, deadline, self._closing)
         if self._closing.is_set():
-            self._end_on_server()  # perhaps another one than `close` has ended
+            self._session.end()  # perhaps another one than `close` has ended
             raise SessionClosedError("The session was closed.")
         again = [pending for pending in lost if may_be_sent_again(pending, anew)]
         gone = [pending for pending in lost if pending.holds_place and pending not in again]
@@ -344,35 +345,12 @@ class SessionLink:
             for pending in again + waiting:
                 self._send(pending)
 
-    def _find_session(self) -> bool:
-        """Whether the session is a new one. Raises ServerUnavailableError, RefusedError."""
-        self._connection.require_ready()
-        try:
-            self._connection.require_session(self.settings.model, self.sequence_id)
-            return False
-        except SessionLostError:
-            said = {"previous_text": text} if (text := self.transcript) else {}
-            self.sequence_id = self._start({**self._parameters, **said})
-            return True
-
     # Details.
-
-    def _start(self, parameters: Mapping[str, ParameterValue]) -> int:
-        sequence_id = secrets.randbits(62) + 1
-        self._connection.call(
-            Request(self.settings.model, "open", sequence_id, start=True, parameters=parameters)
-        )
-        return sequence_id
 
     def _require_input(self) -> None:
         self.flow.require_open()
         if self._finishing:
             raise SessionClosedError("The session was finished and takes no more input.")
-
-    def _end_on_server(self) -> None:
-        """Free the session's pages at once; a server that is gone, or slow, does it by itself."""
-        with suppress(ClientError):
-            self._connection.call(Request(LANGUAGE_MODEL, "close", self.sequence_id, end=True))
 
     def _request(
         self, *, chunk: ChunkPayload | None = None, question: str | None = None, end: bool = False

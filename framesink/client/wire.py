@@ -93,6 +93,11 @@ class WireError:
         """Whether the server knows nothing of the session, or nothing any more."""
         return self.code == "NOT_FOUND" or (self.code is None and _NO_START in self.sentence)
 
+    @property
+    def session_over(self) -> bool:
+        """Whether no further request of the session can succeed."""
+        return self.code in (None, "NOT_FOUND", "CANCELLED")
+
 
 def require_parameters(parameters: Mapping[str, ParameterValue]) -> None:
     """Raise OptionError for a session parameter the contract does not know, or of a wrong type."""
