@@ -14,8 +14,16 @@ import numpy as np
 import psutil
 import pytest
 
-from framesink.client import Event, EventKind, ServerUnavailableError, SessionSettings, connect
+from framesink.client import (
+    Client,
+    Event,
+    EventKind,
+    ServerUnavailableError,
+    SessionSettings,
+    connect,
+)
 from framesink.serving.endpoints import free_ports
+from framesink.serving.guardian import SHARED_MEMORY
 
 pytest.importorskip("pytriton", reason="nvidia-pytriton carries the server")
 
@@ -67,7 +75,8 @@ def wait_until(condition: Callable[[], Any], seconds: float = 30.0) -> None:
         time.sleep(0.05)
 
 
-def test_told_to_stop_it_answers_what_waits(command: Command, demo_bundle: Path) -> None:
+@pytest.mark.parametrize("road", ["language_model", "streaming_vlm"])
+def test_told_to_stop_it_answers_what_waits(command: Command, demo_bundle: Path, road: str) -> None:
     rows = dict(line.split(maxsplit=1) for line in command.summary.splitlines())
     assert tuple(rows) == SUMMARY_ROWS
     assert str(demo_bundle) in rows["serving"]
@@ -76,7 +85,7 @@ def test_told_to_stop_it_answers_what_waits(command: Command, demo_bundle: Path)
     assert command.health() == 200
 
     with connect(f"127.0.0.1:{command.grpc_port}") as client:
-        settings = SessionSettings(max_in_flight=CHUNKS, reconnect_seconds=0.0)
+        settings = SessionSettings(model=road, max_in_flight=CHUNKS, reconnect_seconds=0.0)
         session = client.session(settings=settings)
         for _ in range(CHUNKS):
             session.push(CHUNK)
@@ -87,11 +96,10 @@ def test_told_to_stop_it_answers_what_waits(command: Command, demo_bundle: Path)
             assert event is not None
             events.append(event)
         assert all(event.kind is not EventKind.ERROR for event in events), events
-        with pytest.raises(ServerUnavailableError):
-            client.session(settings=settings).push(CHUNK)
+        wait_until(lambda: _refuses(client, settings))
     output, errors = command.process.communicate(timeout=30)
     assert (command.process.returncode, output, errors) == (0, "", "")
-    assert not any(part.is_running() for part in command.parts)
+    wait_until(lambda: not any(_runs(part) for part in command.parts))
 
 
 def test_readiness_ends_with_the_drain(command: Command) -> None:
@@ -106,9 +114,25 @@ def test_readiness_ends_with_the_drain(command: Command) -> None:
 
 
 def test_nothing_outlives_a_killed_command(command: Command) -> None:
-    assert len(command.parts) == 5  # the server and four models
+    assert len(command.parts) == 6  # a guardian, the server and four models
+    (model,) = (part.cmdline() for part in command.parts if "language_model_0_0" in part.cmdline())
+    directory = Path(model[1]).parents[3]
+    region = SHARED_MEMORY / model[2]
+    assert directory.is_dir()
+    assert region.is_file()
     command.process.kill()
     wait_until(lambda: not any(_runs(part) for part in command.parts))
+    assert not directory.exists()
+    assert not region.exists()
+
+
+def _refuses(client: Client, settings: SessionSettings) -> bool:
+    """Whether no new session can be opened."""
+    try:
+        client.session(settings=settings).close()
+    except ServerUnavailableError:
+        return True
+    return False
 
 
 def _runs(process: psutil.Process) -> bool:

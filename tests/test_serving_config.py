@@ -176,6 +176,12 @@ def test_half_a_tls_configuration_is_refused(option: str) -> None:
         ServeOptions(**{option: "/x.pem"})
 
 
+@pytest.mark.parametrize("address", ["localhost", "::1", "1.2.3", "127.0.0.1:80"])
+def test_only_ipv4_addresses_are_listened_on(address: str) -> None:
+    with pytest.raises(ValidationError, match="IPv4"):
+        ServeOptions(address=address)
+
+
 def test_a_port_that_is_taken_is_named() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

@@ -1,5 +1,7 @@
 """A server that dies, is told to stop, or is asked for what it must not give."""
 
+import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,13 +9,16 @@ from typing import Any
 
 import cv2
 import numpy as np
-import psutil
 import pytest
 from serving_server import RunningServer, start_server
 
 from framesink.client import Event, EventKind, SessionSettings, connect
 from framesink.client.session import Session
 from framesink.runtime.arrays import UInt8Array
+from framesink.serving import supervisor
+from framesink.serving.endpoints import free_ports
+from framesink.serving.errors import ServerError
+from framesink.serving.options import ServeOptions
 
 CLIP = Path(__file__).parents[1] / "demo" / "clip.mp4"
 FRAMES_PER_CHUNK = 2
@@ -96,14 +101,8 @@ def test_eight_sessions_survive_the_death_of_the_model(
 def test_whatever_dies_is_recovered(server: RunningServer, frame: UInt8Array, victim: str) -> None:
     wait_until(server.ready)
     language_model = server.model_process("language_model")
-    if victim == "tritonserver":
-        (process,) = (
-            child
-            for child in psutil.Process().children()
-            if child.name() == "tritonserver" and language_model in child.children(recursive=True)
-        )
-    else:
-        process = server.model_process(victim)
+    process = server.model_process(victim) if victim == "preprocess" else language_model.parent()
+    assert process is not None
     process.kill()
     wait_until(lambda: not server.ready(), 5.0)
     wait_until(server.ready)
@@ -112,3 +111,48 @@ def test_whatever_dies_is_recovered(server: RunningServer, frame: UInt8Array, vi
     with connect(server.url) as client, client.session(settings=settings) as session:
         session.push(np.stack([frame] * FRAMES_PER_CHUNK))
         assert read_turns(session, 1)[-1].kind is not EventKind.ERROR
+
+
+def test_a_server_that_cannot_come_back_says_why(demo_bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pytriton", reason="nvidia-pytriton carries the server")
+    bundle = tmp_path / "bundle"
+    shutil.copytree(demo_bundle, bundle)
+    with start_server(bundle, ensemble=False) as server:
+        (bundle / "tokenizer.json").write_text("{}")
+        server.model_process("language_model").kill()
+        assert server.supervisor.wait(60.0)
+        with pytest.raises(ServerError, match=r"tokenizer\.json .* is truncated"):
+            server.supervisor.raise_failure()
+
+
+class DyingProcess:
+    """A server that is dead as soon as it was ready."""
+
+    last_lines = ("nothing helps",)
+    kills = 0
+
+    def dead_part(self) -> str:
+        return "The server"
+
+    def kill(self) -> None:
+        DyingProcess.kills += 1
+
+
+def test_a_server_that_dies_again_and_again_is_given_up(
+    demo_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Launcher:
+        def __init__(self, *arguments: object) -> None: ...
+
+        def launch(self, stopping: threading.Event) -> DyingProcess:
+            return DyingProcess()
+
+    monkeypatch.setattr(supervisor, "Launcher", Launcher)
+    ports = dict(zip(("grpc_port", "http_port", "metrics_port"), free_ports(3), strict=True))
+    server = supervisor.Supervisor(demo_bundle, ServeOptions(**ports))
+    server.start()
+    assert server.wait(30.0)
+    with pytest.raises(ServerError, match=r"died 5 times within 60 s, last the server"):
+        server.raise_failure()
+    server.close()
+    assert DyingProcess.kills == supervisor.MOST_DEATHS

@@ -10,7 +10,6 @@ def describe_server(supervisor: Supervisor) -> str:
     security = "no TLS"
     if options.tls_certificate is not None:
         security = "TLS" if options.tls_client_authority is None else "TLS, clients' certificates"
-    host = f"[{options.address}]" if ":" in options.address else options.address
     models = LANGUAGE_MODEL
     if options.serves_ensemble:
         steps = ", ".join(model.name for model in MODELS if model.name != STREAMING_VLM)
@@ -18,9 +17,9 @@ def describe_server(supervisor: Supervisor) -> str:
     precisions = f"{manifest.language_model.precision}, K/V {manifest.cache_precision}"
     rows = {
         "serving": f"{manifest.model_name} ({precisions}) of {supervisor.bundle_directory}",
-        "gRPC": f"{host}:{options.grpc_port} ({security})",
-        "health": f"http://{host}:{options.http_port}/v2/health/ready",
-        "metrics": f"http://{host}:{options.metrics_port}/metrics",
+        "gRPC": f"{options.address}:{options.grpc_port} ({security})",
+        "health": f"http://{options.address}:{options.http_port}/v2/health/ready",
+        "metrics": f"http://{options.address}:{options.metrics_port}/metrics",
         "models": models,
         "executor": engine.executor_reason,
         "limits": (

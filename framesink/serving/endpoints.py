@@ -8,6 +8,8 @@ from framesink.serving.errors import ServerError
 from framesink.serving.options import ServeOptions
 from framesink.serving.tritonserver import RESTRICTED_HEADER
 
+LOOPBACK = "127.0.0.1"
+
 _PORT_OPTIONS = {
     "grpc_port": "--grpc-port",
     "http_port": "--http-port",
@@ -18,9 +20,7 @@ _TIMEOUT_SECONDS = 5.0
 
 def reachable_address(address: str) -> str:
     """The address by which this machine reaches what listens on `address`."""
-    if ipaddress.ip_address(address).is_unspecified:
-        return "::1" if ":" in address else "127.0.0.1"
-    return address
+    return LOOPBACK if ipaddress.ip_address(address).is_unspecified else address
 
 
 def require_free_ports(options: ServeOptions) -> None:
@@ -30,8 +30,7 @@ def require_free_ports(options: ServeOptions) -> None:
         raise ServerError(f"gRPC, HTTP and metrics need a port each, not {ports}.")
     for name, option in _PORT_OPTIONS.items():
         port = getattr(options, name)
-        family = socket.AF_INET6 if ":" in options.address else socket.AF_INET
-        with socket.socket(family) as probe:
+        with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((options.address, port))
@@ -47,7 +46,7 @@ def free_ports(count: int) -> list[int]:
     probes = [socket.socket() for _ in range(count)]
     try:
         for probe in probes:
-            probe.bind(("127.0.0.1", 0))
+            probe.bind((LOOPBACK, 0))
         return [probe.getsockname()[1] for probe in probes]
     finally:
         for probe in probes:

@@ -54,7 +54,9 @@ class Launcher:
             gpu=gpu,
         )
         context = model_context(bundle, options, self.layout)
-        self.layout.write(model_configs(bundle.manifest, context, gpu=gpu))
+        configs = model_configs(bundle.manifest, context, gpu=gpu)
+        self._processes = [name for name, config in configs.items() if config.backend]
+        self.layout.write(configs)
 
     def launch(self, stopping: threading.Event) -> ServerProcess:
         """Start a server and return it when it is ready, or when `stopping` is set.
@@ -98,7 +100,7 @@ class Launcher:
                 )
             if stopping.wait(_POLL_SECONDS):
                 return
-        process.find_models()
+        process.watch_models(self._processes)
 
 
 def needs_gpu(bundle: Bundle, options: ServeOptions) -> bool:

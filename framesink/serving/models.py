@@ -26,7 +26,6 @@ from framesink.serving.images import FrameLimits
 from framesink.serving.log_format import configure_logging
 from framesink.serving.metrics import ServingMetrics
 from framesink.serving.options import ModelContext
-from framesink.serving.orphan import end_with_parent
 from framesink.serving.requests import (
     RawRequest,
     has_frames,
@@ -72,7 +71,6 @@ def load_model(model: Callable[[Any, str], _Served], pb_utils: Any, model_config
 
 
 def _prepare_process(model_config: str) -> tuple[ModelContext, Bundle]:
-    end_with_parent()
     cv2.setNumThreads(1)  # requests run side by side; each needs one core
     context = ModelContext.from_model_config(model_config)
     # Whoever started the server has compared the files with their hashes.

@@ -1,14 +1,32 @@
 """What a server is told when it starts, and what its models are told by it."""
 
 import json
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 PARAMETER = "framesink"
 
+
+def _require_ipv4(address: str) -> str:
+    try:
+        return str(IPv4Address(address))
+    except ValueError as error:
+        raise ValueError("the address to listen on must be an IPv4 address") from error
+
+
 Port = Annotated[int, Field(ge=1, le=65535)]
+Address = Annotated[str, AfterValidator(_require_ipv4)]
 
 
 class ServeOptions(BaseModel):
@@ -17,7 +35,7 @@ class ServeOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    address: str = "127.0.0.1"
+    address: Address = "127.0.0.1"
     grpc_port: Port = 8001
     http_port: Port = 8000
     metrics_port: Port = 8002

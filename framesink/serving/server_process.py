@@ -1,22 +1,22 @@
 """One run of `tritonserver` and the processes of its models."""
 
-import os
+import logging
 import signal
 import subprocess
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
-from framesink.serving.bound_process import bound_command
+from framesink.serving.guardian import SIGNALLED, guarded_command
 from framesink.serving.tritonserver import STUB, Installation
 
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
-_KEPT_LINES = 60
-_KILL_SECONDS = 5.0
+_KEPT_LINES = 20
+
+_log = logging.getLogger(__name__)
 
 
 class ServerProcess:
@@ -32,11 +32,10 @@ class ServerProcess:
         shared_memory_prefix: str,
         write_log: Callable[[str], None],
     ) -> None:
-        self._shared_memory_prefix = shared_memory_prefix
         self._write_log = write_log
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._process = subprocess.Popen(
-            bound_command(command),
+            guarded_command(command, directory, shared_memory_prefix),
             cwd=directory,
             env=installation.environment,
             stdin=subprocess.DEVNULL,
@@ -49,39 +48,37 @@ class ServerProcess:
         )
         self._reader = threading.Thread(target=self._read, name="server-output", daemon=True)
         self._reader.start()
-        self._models: dict[str, psutil.Process] = {}
+        self._models: dict[str, psutil.Process | None] = {}
 
     @property
     def last_lines(self) -> tuple[str, ...]:
         """The last lines it printed, but for structured ones."""
         return tuple(self._lines)
 
-    def find_models(self) -> None:
-        """Find the processes of its models; from now on `dead_part` watches them."""
+    def watch_models(self, names: Collection[str]) -> None:
+        """From now on `dead_part` watches the processes of these models, too."""
+        found: dict[str, psutil.Process] = {}
         for child in psutil.Process(self._process.pid).children(recursive=True):
-            command = child.cmdline()
-            if len(command) > 1 and Path(command[0]).name == STUB:
-                self._models[Path(command[1]).parts[-3]] = child  # NAME/1/model.py
+            with suppress(psutil.NoSuchProcess):
+                command = child.cmdline()
+                if len(command) > 1 and Path(command[0]).name == STUB:
+                    found[Path(command[1]).parts[-3]] = child  # NAME/1/model.py
+        self._models = {name: found.get(name) for name in names}
 
     def dead_part(self) -> str | None:
         """What of the server has died, None while all of it lives."""
         if self._process.poll() is not None:
             return f"The server ({_describe_end(self._process.returncode)})"
         for name, process in self._models.items():
-            if not _runs(process):
+            if process is None or not _runs(process):
                 return f"The process of the model {name}"
         return None
 
     def kill(self) -> None:
-        """End the server and its models at once, and free their shared memory."""
-        # Its models are of its process group, unless they are dead.
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        """End the server and its models at once; their shared memory is free when this returns."""
+        self._process.terminate()
         self._process.wait()
-        psutil.wait_procs(self._models.values(), timeout=_KILL_SECONDS)
-        self._reader.join(_KILL_SECONDS)
-        for region in SHARED_MEMORY.glob(f"{self._shared_memory_prefix}*"):
-            region.unlink(missing_ok=True)
+        self._reader.join()
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -91,6 +88,7 @@ class ServerProcess:
                     self._write_log(line)
                 elif line.strip():
                     self._lines.append(line.rstrip())
+                    _log.debug("tritonserver: %s", line.rstrip())
 
 
 def _runs(process: psutil.Process) -> bool:
@@ -102,6 +100,6 @@ def _runs(process: psutil.Process) -> bool:
 
 
 def _describe_end(status: int) -> str:
-    if status >= 0:
+    if status <= SIGNALLED:
         return f"exit status {status}"
-    return f"killed by {signal.Signals(-status).name}"
+    return f"killed by {signal.Signals(status - SIGNALLED).name}"

@@ -159,7 +159,8 @@ class Supervisor:
                         raise ServerError(f"{dead} died while the last sessions were answered.")
                     deaths.append(time.monotonic())
                     _require_rare(deaths, dead)
-                    _log.error("%s died; the server is started again.", dead)
+                    last_lines = "\n".join(process.last_lines)
+                    _log.error("%s died; the server is started again.\n%s", dead, last_lines)
                     process.kill()
                     process = launcher.launch(self._stopping)
                     seconds = time.monotonic() - deaths[-1]
@@ -168,6 +169,11 @@ class Supervisor:
                 process.kill()
         except ServerError as error:
             self._failure = error
+        except Exception as error:
+            _log.exception("The server cannot be watched")
+            self._failure = ServerError(
+                f"The server cannot be watched any more ({type(error).__name__}: {error})."
+            )
         finally:
             self._ended.set()
             self._settled.set()
@@ -177,7 +183,7 @@ def _require_rare(deaths: deque[float], dead: str) -> None:
     if len(deaths) == MOST_DEATHS and deaths[-1] - deaths[0] < DEATHS_WITHIN_SECONDS:
         raise ServerError(
             f"Parts of the server died {MOST_DEATHS} times within {DEATHS_WITHIN_SECONDS:g} s, "
-            f"last {dead}; the log says why."
+            f"last {dead[0].lower()}{dead[1:]}; the log says why."
         )
 
 
