@@ -1,6 +1,6 @@
 """The executor for GPUs: weights and pages in its memory, one copy in and one out per step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Self
 
@@ -21,6 +21,7 @@ from framesink.runtime.executors.cuda.layers import Layers
 from framesink.runtime.executors.cuda.operations import Operations
 from framesink.runtime.executors.cuda.patches import Patchifier
 from framesink.runtime.executors.cuda.prefill import PrefillRunner
+from framesink.runtime.executors.cuda.side_stream import SideStream
 from framesink.runtime.executors.cuda.staging import Staging
 from framesink.runtime.executors.cuda.token_choice import NOT_FINITE, TokenChooser
 from framesink.runtime.executors.cuda.vision_encoder import VisionEncoder
@@ -75,6 +76,7 @@ class CudaExecutor:
         self._dtype = dtype
         self._device = device
         self._clock = GpuClock() if device.type == "cuda" else None
+        self._beside = SideStream(device)
         self._patchifier = Patchifier(preprocess, dtype, device)
         layers = Layers(operations, dtype)
         with torch.no_grad():
@@ -117,6 +119,7 @@ class CudaExecutor:
             )
             if device.type == "cuda":
                 self._decode.capture()
+                torch.cuda.synchronize(device)
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, *, num_pages: int) -> Self:
@@ -144,15 +147,21 @@ class CudaExecutor:
     def encode_vision(self, patches: Float32Array, grid: Grid) -> Tensor:
         """Patches float32 `[t·h·w, patch_dim]` to embeddings `[t·h·w / merge², hidden]`, which stay
         on the GPU, in the compute type."""
-        with torch.no_grad(), self._measure("vision"):
+
+        def encode() -> Tensor:
             moved = torch.from_numpy(patches).to(self._device, self._dtype)
             return self._vision.encode(moved, grid)
 
+        return self._encode(encode)
+
     def encode_frames(self, frames: UInt8Array, grid: Grid) -> Tensor:
         """As `encode_vision`, from frames uint8 `[T, H, W, 3]` of the model's size."""
-        with torch.no_grad(), self._measure("vision"):
+
+        def encode() -> Tensor:
             moved = torch.from_numpy(frames).to(self._device)
             return self._vision.encode(self._patchifier.patches(moved, grid), grid)
+
+        return self._encode(encode)
 
     def step(self, batch: Sequence[SequenceInput]) -> list[Float32Array | None]:
         """Run one in-flight batch: see `Executor.step`."""
@@ -194,6 +203,16 @@ class CudaExecutor:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def _encode(self, encode: Callable[[], Tensor]) -> Tensor:
+        """Beside the steps, so that decoding, which waits for memory, goes on meanwhile."""
+
+        def measured() -> Tensor:
+            with self._measure("vision"):
+                return encode()
+
+        with torch.no_grad():
+            return self._beside.run(measured)
+
     def _run(self, batch: Sequence[SequenceInput]) -> list[tuple[list[int], StepResult]]:
         """Launch a step: sequences of one new token together, all others as packed prompt parts.
 
@@ -215,6 +234,7 @@ class CudaExecutor:
                 results.append((decoding, self._decode.run(len(decoding))))
         if prepared is not None:
             wanted = [place for place in parts if batch[place].needs_logits]
+            self._beside.join()
             with self._measure("prefill"):
                 results.append((wanted, self._prefill.run(prepared)))
         return results
