@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from framesink.runtime.executors.cuda.kernels.attention_parts import (
     LOG2_E,
@@ -24,12 +25,15 @@ from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
 from framesink.runtime.executors.cuda.kernels.tiles import DeviceRows
 
 # Rows (tokens · heads of one K/V head) and keys per program.
-_ROWS = 128
-_KEYS = 128
-_PROGRAMS = 3
+_ROWS = 64
+_KEYS = 64
+_WARPS = 4
+_STAGES = 3
+# Programs that run at once on one multiprocessor, and the most parts a context is split into.
+_PROGRAMS = 2
 _MAX_SPLITS = 32
-_WARPS = 8
-_STAGES = 2
+# What another part adds to the time.
+_SPLIT_COST = 0.02
 
 
 def paged_prefill(
@@ -64,8 +68,8 @@ def paged_prefill(
     parts = Parts.empty(len(qkv) * heads, splits, head_dim, qkv.device)
     _paged_prefill[(blocks, splits, batch * key_heads)](
         qkv,
-        keys,
-        values,
+        _tiled(keys),
+        _tiled(values),
         starts,
         rows.counts,
         parts.values,
@@ -85,12 +89,24 @@ def paged_prefill(
     combine(parts, out, output_format)
 
 
+def _tiled(rows: Tensor) -> TensorDescriptor:
+    """`[B, Hkv, rows, D]` as what the GPU's copy engine reads tiles from (plain loads before
+    Hopper)."""
+    head_dim = rows.shape[-1]
+    return TensorDescriptor.from_tensor(rows.view(-1, head_dim), [_KEYS, head_dim])
+
+
 def _choose_splits(programs: int, room: int, device: torch.device) -> int:
+    """How many parts to split contexts into: such that `programs` · parts fill the GPU's last turn
+    too."""
     if device.type != "cuda":
         return 2
-    processors: int = torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = -(-_PROGRAMS * processors // programs)
-    return max(1, min(wanted, room // _KEYS, _MAX_SPLITS))
+    together: int = _PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
+
+    def cost(splits: int) -> float:
+        return -(-programs * splits // together) / splits * (1 + _SPLIT_COST * splits)
+
+    return min(range(1, max(1, min(_MAX_SPLITS, room // (2 * _KEYS))) + 1), key=cost)
 
 
 @triton.jit(do_not_specialize=("room",))
@@ -130,7 +146,8 @@ def _paged_prefill(
     key = tl.arange(0, KEYS)
     query = qkv + token * qkv_stride + (head * GROUP + row % GROUP) * HEAD_DIM
     query = tl.load(query[:, None] + channel[None, :])
-    query = (query * score_scale).to(qkv.dtype.element_ty)
+    dtype: tl.constexpr = qkv.dtype.element_ty
+    query = (query * score_scale).to(dtype)
 
     maximum = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -143,19 +160,18 @@ def _paged_prefill(
     end = tl.minimum(begin + share, seen)
     # Tiles of context alone need no mask.
     plain_end = tl.maximum(begin, tl.minimum(end, count // KEYS * KEYS))
-    rows = tl.program_id(2).to(tl.int64) * room
-    key_tile = keys + (rows + key)[None, :] * HEAD_DIM + channel[:, None]
-    value_tile = values + (rows + key)[:, None] * HEAD_DIM + channel[None, :]
+    rows = tl.program_id(2) * room
     for at in range(begin, plain_end, KEYS):
-        scores = tl.dot(query, tl.load(key_tile + at * HEAD_DIM))
-        value = tl.load(value_tile + at * HEAD_DIM)
+        scores = tl.dot(query, keys.load([rows + at, 0]).T)
+        value = values.load([rows + at, 0])
         maximum, total, mixed = add_tile(scores, value, maximum, total, mixed)
     for at in range(plain_end, end, KEYS):
+        # What lies beyond the sequence's end was never written.
         inside = at + key < end
-        scores = tl.dot(query, tl.load(key_tile + at * HEAD_DIM, mask=inside[None, :], other=0.0))
+        key_tile = tl.where(inside[:, None], keys.load([rows + at, 0]), 0.0).to(dtype)
+        value = tl.where(inside[:, None], values.load([rows + at, 0]), 0.0).to(dtype)
         visible = (at + key)[None, :] <= tl.minimum(count + place, end - 1)[:, None]
-        scores = tl.where(visible, scores, float("-inf"))
-        value = tl.load(value_tile + at * HEAD_DIM, mask=inside[:, None], other=0.0)
+        scores = tl.where(visible, tl.dot(query, key_tile.T), float("-inf"))
         maximum, total, mixed = add_tile(scores, value, maximum, total, mixed)
 
     part = (token * (KEY_HEADS * GROUP) + head * GROUP + row % GROUP) * splits + split
