@@ -29,3 +29,7 @@ class ServerError(FramesinkError):
     """The server cannot start, or has stopped by itself."""
 
     exit_code = 10
+
+
+class ServerDiedError(ServerError):
+    """The server ended before it was ready, and no model said why."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.executors.cuda.support import why_not_cuda
 from framesink.serving.endpoints import HealthEndpoint
-from framesink.serving.errors import ServerError
+from framesink.serving.errors import ServerDiedError, ServerError
 from framesink.serving.layout import DRAINING, Layout
 from framesink.serving.options import ModelContext, ServeOptions
 from framesink.serving.server_process import ServerProcess
@@ -61,7 +61,8 @@ class Launcher:
     def launch(self, stopping: threading.Event) -> ServerProcess:
         """Start a server and return it when it is ready, or when `stopping` is set.
 
-        Raises ServerError, with the reason if a model gave one, where it does not get ready.
+        Raises ServerError, with the reason if a model gave one, where it does not get ready, and
+        ServerDiedError where it ends before.
         """
         self.layout.run_directory.reset()
         process = ServerProcess(
@@ -92,7 +93,7 @@ class Launcher:
                 raise ServerError(failure)
             if dead is not None:
                 last = " ".join(process.last_lines[-1:])
-                raise ServerError(f"{dead} did not start; it last said: {last or 'nothing'}")
+                raise ServerDiedError(f"{dead} did not start; it last said: {last or 'nothing'}")
             if time.monotonic() > deadline:
                 raise ServerError(
                     f"The server was not ready within {self.options.start_seconds:g} s; give it "

@@ -10,7 +10,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -19,17 +18,17 @@ from typing import Self
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.manifest import Manifest
 from framesink.serving.endpoints import require_free_ports
-from framesink.serving.errors import ServerError
+from framesink.serving.errors import ServerDiedError, ServerError
 from framesink.serving.launcher import Launcher
 from framesink.serving.options import ServeOptions
 from framesink.serving.run_directory import EngineReport
+from framesink.serving.server_process import ServerProcess
 
 _WATCH_SECONDS = 0.1
 # What was answered last needs this long to reach its clients.
 _FLUSH_SECONDS = 1.0
-# So many deaths within so many seconds are no accident.
-MOST_DEATHS = 5
-DEATHS_WITHIN_SECONDS = 60.0
+# So often in a row may a server that had been ready end while it is started again.
+RESTART_ATTEMPTS = 10
 
 _log = logging.getLogger(__name__)
 
@@ -150,21 +149,10 @@ class Supervisor:
             process = launcher.launch(self._stopping)
             self._settled.set()
             try:
-                deaths: deque[float] = deque(maxlen=MOST_DEATHS)
                 while not self._stopping.wait(_WATCH_SECONDS):
                     dead = process.dead_part()
-                    if dead is None:
-                        continue
-                    if self._draining.is_set():
-                        raise ServerError(f"{dead} died while the last sessions were answered.")
-                    deaths.append(time.monotonic())
-                    _require_rare(deaths, dead)
-                    last_lines = "\n".join(process.last_lines)
-                    _log.error("%s died; the server is started again.\n%s", dead, last_lines)
-                    process.kill()
-                    process = launcher.launch(self._stopping)
-                    seconds = time.monotonic() - deaths[-1]
-                    _log.warning("The server is ready again after %.1f s.", seconds)
+                    if dead is not None:
+                        process = self._recover(launcher, process, dead)
             finally:
                 process.kill()
         except ServerError as error:
@@ -178,13 +166,23 @@ class Supervisor:
             self._ended.set()
             self._settled.set()
 
-
-def _require_rare(deaths: deque[float], dead: str) -> None:
-    if len(deaths) == MOST_DEATHS and deaths[-1] - deaths[0] < DEATHS_WITHIN_SECONDS:
-        raise ServerError(
-            f"Parts of the server died {MOST_DEATHS} times within {DEATHS_WITHIN_SECONDS:g} s, "
-            f"last {dead[0].lower()}{dead[1:]}; the log says why."
-        )
+    def _recover(self, launcher: Launcher, process: ServerProcess, dead: str) -> ServerProcess:
+        """Start the server anew, however often: a client may be what ends it."""
+        if self._draining.is_set():
+            raise ServerError(f"{dead} died while the last sessions were answered.")
+        since = time.monotonic()
+        last_lines = "\n".join(process.last_lines)
+        _log.error("%s died; the server is started again.\n%s", dead, last_lines)
+        process.kill()
+        for attempt in range(1, RESTART_ATTEMPTS + 1):
+            try:
+                process = launcher.launch(self._stopping)
+                break
+            except ServerDiedError:  # it listens a moment before it is known to be ready
+                if attempt == RESTART_ATTEMPTS:
+                    raise
+        _log.warning("The server is ready again after %.1f s.", time.monotonic() - since)
+        return process
 
 
 def _write_to_stderr(line: str) -> None:
