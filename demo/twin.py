@@ -27,7 +27,8 @@ def write_twin(source: Path, output: Path, *, size: float, pairs: int) -> None:
     rotary pairs of every key head. The weights must be one safetensors file, `output` new."""
     config = Checkpoint.open(source).config.text
     half = config.head_dim // 2
-    shutil.copytree(source, output)
+    # What the source's precisions cost is not what the twin's do.
+    shutil.copytree(source, output, ignore=shutil.ignore_patterns("accuracy.*"))
     weights = load_file(source / WEIGHTS_NAME)
     for name, values in weights.items():
         if canonical_name(name).endswith("self_attn.k_proj.bias"):

@@ -7,9 +7,13 @@ import pytest
 
 pytest.importorskip("torch", reason="caches are simulated in torch")
 
+from demo.accuracy_bundles import Scheme
+from demo.accuracy_run import Run
 from demo.cache_accuracy import cache_forms, compare_checkpoints
-from demo.held_out import Result, held_out_scenes, stream_of
+from demo.held_out import Result, held_out_scenes, score_replies, stream_of
 from demo.metrics import Score
+from demo.parallel import spread
+from demo.scheme_accuracy import SchemeResult, accuracy_table
 from demo.twin import write_twin
 from framesink.calibration.agreement import TurnAgreement, divergence, entropy
 from framesink.calibration.recorded_turns import StreamSettings
@@ -102,6 +106,39 @@ def test_a_result_sums_up_scores_and_agreement() -> None:
     assert result.top1 == pytest.approx(2 / 3)
     assert (result.tokens, result.chunks, result.size) == (3, 2, 7)
     assert Result(**result.to_json()) == result
+
+
+def test_a_table_tells_what_each_scheme_scored_and_on_what() -> None:
+    scenes = held_out_scenes(4000, 2, 30)
+    score = score_replies(scenes, [[truth.reply for truth in scene.truth] for scene in scenes])
+    turns = [TurnAgreement(0, (0.1, 0.3), (True, False), (0.0, 0.5))]
+    schemes: list[Scheme] = [("fp16", "fp16"), ("fp8", "int8")]
+    results = [
+        SchemeResult(scheme, Result.of(score, turns, size=7), changed=0, narrated=60)
+        for scheme in schemes
+    ]
+    run = Run(Path("work"), MODEL, scenes, scenes[:1], processes=1, twin_size=100.0)
+    table = accuracy_table(run, results)
+    assert [(row.precision, row.kv_precision) for row in table.rows] == schemes
+    assert (table.rows[1].kl, table.rows[1].bundle_bytes) == (pytest.approx(0.2), 7)
+    assert table.rows[1].scores == {"event F1": 1.0, "counts": 1.0, "answers": 1.0}
+    events = sum(truth.event is not None for scene in scenes for truth in scene.truth)
+    assert f"2 held-out demo scenes of 30 s (seeds 4000 to 4001) with {events} events" in str(
+        table.notes
+    )
+
+
+def test_what_was_found_is_kept_and_not_looked_for_again(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def square(number: int) -> list[int]:
+        asked.append(number)
+        return [number * number]
+
+    first, second = tmp_path / "kept" / "2.json", tmp_path / "kept" / "3.json"
+    assert spread(square, {first: 2}, processes=1) == {first: [4]}
+    assert spread(square, {first: 2, second: 3}, processes=1) == {first: [4], second: [9]}
+    assert asked == [2, 3]
 
 
 def test_divergence_is_that_of_the_distributions() -> None:
