@@ -110,3 +110,14 @@ def test_entry_points_lead_to_functions(unpacked_wheel: Path) -> None:
     for target in scripts.values():
         module, function = target.split(":")
         _run(f"from {module} import {function}\nassert callable({function})\n", unpacked_wheel)
+
+
+def test_the_wheel_can_be_served(unpacked_wheel: Path) -> None:
+    _run(
+        "from framesink.serving.contract import MODELS, STREAMING_VLM\n"
+        "from framesink.serving.layout import model_source\n"
+        "names = {model.name for model in MODELS} - {STREAMING_VLM}\n"
+        "assert all((model_source(name) / 'model.py').is_file() for name in names)\n"
+        f"assert str(model_source('preprocess')).startswith({str(unpacked_wheel)!r})\n",
+        unpacked_wheel,
+    )
