@@ -14,6 +14,7 @@ from framesink.bench.concurrency import ConcurrencyReport
 from framesink.bench.endurance import EnduranceReport
 from framesink.bench.environment import environment
 from framesink.bench.measure import Quantiles
+from framesink.bench.roofline_report import RooflineReport
 from framesink.bench.streams import StreamsReport
 from framesink.runtime.errors import OutputError
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:  # it needs the client's packages, which no other benchmark do
     from framesink.bench.serve import ServeReport
 
 Report: TypeAlias = (
-    "ChunkReport | EnduranceReport | ConcurrencyReport | ServeReport | StreamsReport"
+    "ChunkReport | EnduranceReport | ConcurrencyReport | RooflineReport | ServeReport | "
+    "StreamsReport"
 )
 
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
@@ -24,6 +25,7 @@ from framesink.bench.report import (
     streams_table,
     write_json,
 )
+from framesink.bench.roofline_report import RooflineReport, roofline_table
 from framesink.bench.streams import measure_streams
 from framesink.runtime.engine import StreamingEngine
 from framesink.runtime.errors import OptionError
@@ -36,7 +38,7 @@ if TYPE_CHECKING:  # it needs the client's packages, which no other benchmark do
 _COUNT = click.IntRange(min=1)
 # What every stream begins with, so that its windows of text are full from the start.
 _PREVIOUS_TEXT = "The clouds go by. " * 200
-_Benchmark = Literal["chunk", "endurance", "concurrency", "streams", "serve"]
+_Benchmark = Literal["chunk", "endurance", "concurrency", "streams", "serve", "roofline"]
 _CHUNKS = {"chunk": 60, "endurance": 3600, "concurrency": 20, "streams": 20, "serve": 200}
 # Time per chunk is that of full windows; sessions at once are compared from their first token.
 _WARMUP = {"chunk": 20, "endurance": 0, "concurrency": 3, "streams": 18, "serve": 10}
@@ -119,14 +121,21 @@ def bench(
     chunk: time per chunk of one session. endurance: one session for very long, to see that nothing
     grows. concurrency: many sessions at once, each compared with itself alone. streams: how many
     live streams the machine holds, in real time. serve: what a server adds to the time to the first
-    token and to each further one.
+    token and to each further one. roofline: this GPU's memory and matrix rates at the sizes of a
+    model of random weights, and the least time a step can take.
     """
     console = Console(highlight=False)
     width, height = _parse_size(size)
-    count = chunks or _CHUNKS[what]
-    uncounted = warmup or _WARMUP[what]
     if json_path is not None:
         require_writable(json_path)
+    if what == "roofline":
+        roofline = _measure_roofline(random_weights, precision)
+        console.print(roofline_table(roofline))
+        if json_path is not None:
+            write_json(roofline, json_path)
+        return
+    count = chunks or _CHUNKS[what]
+    uncounted = warmup or _WARMUP[what]
     counts = _parse_counts(streams) if streams else sorted({1, sessions})
     most = {"concurrency": sessions, "streams": max(counts)}.get(what, 1)
     with _open_engine(
@@ -235,6 +244,30 @@ def _open_engine(
     assert random_weights is not None
     return open_random_engine(
         random_weights, precision, sessions=sessions, frame_size=(height, width)
+    )
+
+
+def _measure_roofline(size: str | None, precision: str) -> RooflineReport:
+    """The roofline at the sizes of the workload W720: 720 vision tokens a second, kept for 16 s."""
+    from framesink.build.random_checkpoint import SIZES, write_random_description
+
+    if size is None or size not in SIZES:
+        raise OptionError(f"Give --random-weights, one of {', '.join(SIZES)}, for a roofline.")
+    try:
+        from framesink.bench.roofline import measure_roofline
+    except ModuleNotFoundError as error:
+        raise OptionError(
+            f"A roofline needs the package {error.name}; install framesink[cuda]."
+        ) from error
+    with TemporaryDirectory() as directory:
+        config = write_random_description(size, Path(directory))
+    return measure_roofline(
+        f"W720 on {size}",
+        config.text,
+        precision,
+        context=13_312,
+        prompt=748,
+        sequences=(1, 8, 40),
     )
 
 
