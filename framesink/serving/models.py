@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import cv2
+import numpy as np
 
-from framesink.runtime.arrays import Float32Array
+from framesink.runtime.arrays import AnyArray, Float32Array
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.detokenizer import Detokenizer
 from framesink.runtime.engine import StreamingEngine
@@ -151,6 +152,10 @@ class VisionEncoderModel(StatelessModel):
                 f"A chunk of {grid.patches} patches is larger than the {self._max_patches} this "
                 "server was built for.",
             )
+        if not np.isfinite(patches).all():
+            raise ServingError(
+                StatusCode.INVALID_ARGUMENT, "PATCHES must be finite; send what preprocess made."
+            )
 
     def close(self) -> None:
         """Free the weights."""
@@ -213,6 +218,7 @@ class PostprocessModel(StatelessModel):
     def __init__(self, pb_utils: Any, model_config: str) -> None:
         """`model_config` is the JSON that `initialize` is given."""
         _, bundle = _prepare_process(model_config)
+        self._vocabulary = bundle.manifest.model.text.vocab_size
         self._tokenizer = bundle.tokenizer()
         self._replies: OrderedDict[tuple[int | str, int], Detokenizer] = OrderedDict()
         super().__init__(pb_utils, contract.POSTPROCESS, {})
@@ -225,8 +231,15 @@ class PostprocessModel(StatelessModel):
         outputs: dict[contract.Tensor, Any] = {
             tensor: raw.inputs[tensor.name] for tensor in contract.EVENT_OUTPUTS
         }
-        kind = bytes(outputs[contract.KIND].reshape(-1)[0]).decode()
-        if kind not in (EventKind.ERROR, EventKind.DEGRADED):
+        words = outputs[contract.WORDS]
+        # The tokenizer remembers every id it was asked for.
+        if words.size and not (words.min() >= 0 and words.max() < self._vocabulary):
+            raise ServingError(
+                StatusCode.INVALID_ARGUMENT,
+                f"WORDS are token ids, from 0 to {self._vocabulary - 1}; send what language_model "
+                "made.",
+            )
+        if _kind(outputs[contract.KIND]) not in (EventKind.ERROR, EventKind.DEGRADED):
             outputs[contract.TEXT] = [self._text(raw).encode()]
         return outputs
 
@@ -245,6 +258,15 @@ class PostprocessModel(StatelessModel):
 
     def close(self) -> None:
         """There is nothing to free."""
+
+
+def _kind(values: AnyArray) -> EventKind:
+    """What a KIND tensor holds. Raises ServingError for one that holds no kind."""
+    try:
+        return EventKind(bytes(values[0]).decode())
+    except ValueError as error:
+        kinds = ", ".join(EventKind)
+        raise ServingError(StatusCode.INVALID_ARGUMENT, f"KIND must be one of {kinds}.") from error
 
 
 def _end_process(sentence: str) -> None:
