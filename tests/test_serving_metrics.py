@@ -6,6 +6,7 @@ import logging
 import re
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,30 @@ def final(kind: EventKind, *, lag: float = 0.5, timed: bool = True) -> Event:
     return Event(kind, "", 0.0, 1.0, 3, lag, final=True, timing=timing)
 
 
+def histogram(sink: RecordingSink, name: str) -> tuple[dict[str, float], float, float]:
+    """How many observations lie in each bucket that has any, how many there are, and their sum."""
+    below = {
+        key[1]: value for key, value in sink.values.items() if key[0] == f"framesink_{name}_bucket"
+    }
+    assert list(below)[-1] == "+Inf"
+    counts = [*below.values()]
+    within = [after - before for before, after in pairwise([0.0, *counts])]
+    total, count = (sink.values[f"framesink_{name}_{part}",] for part in ("sum", "count"))
+    assert counts[-1] == count
+    return {le: n for le, n in zip(below, within, strict=True) if n}, count, round(total, 9)
+
+
+def test_observations_beyond_the_last_bound_are_counted() -> None:
+    sink = RecordingSink()
+    metrics = ServingMetrics(sink)
+    for seconds in (0.0, 1.0, 1.0001, 17.0, 500.0):
+        metrics.encoded(1, seconds)
+        metrics.flush()
+    counts, count, total = histogram(sink, "encode_seconds")
+    assert counts == {"0.005": 1, "1": 1, "2": 1, "+Inf": 2}
+    assert (count, total) == (5, 519.0001)
+
+
 def test_what_is_recorded_arrives_with_the_next_flush() -> None:
     sink = RecordingSink()
     metrics = ServingMetrics(sink)
@@ -43,9 +68,10 @@ def test_what_is_recorded_arrives_with_the_next_flush() -> None:
     metrics.session_ended(EndReason.IDLE)
     metrics.state(4, EngineStats(4, 30, 50, 200, 2, 44, 1, 3.0, 0.01, 0.01, 0.5))
     assert not any(sink.values.values())
-    assert not any(sink.observed.values())
     metrics.flush()
-    assert {key: value for key, value in sink.values.items() if value} == {
+    histograms = ("_bucket", "_sum", "_count")
+    plain = {key: value for key, value in sink.values.items() if not key[0].endswith(histograms)}
+    assert {key: value for key, value in plain.items() if value} == {
         ("framesink_tokens_total",): 44,
         ("framesink_patches_total",): 96,
         ("framesink_evicted_tokens_total",): 12,
@@ -60,14 +86,12 @@ def test_what_is_recorded_arrives_with_the_next_flush() -> None:
         ("framesink_kv_pages", "free"): 170,
         ("framesink_kv_pages", "reserved"): 50,
     }
-    assert sink.observed == {
-        "framesink_ttft_seconds": [0.2],
-        "framesink_itl_seconds": [0.01, 0.03],
-        "framesink_lag_seconds": [0.5],
-        "framesink_step_batch_size": [4, 4],
-        "framesink_step_seconds": [0.02, 0.01],
-        "framesink_encode_seconds": [0.5],
-    }
+    assert histogram(sink, "ttft_seconds") == ({"0.3": 1}, 1, 0.2)
+    assert histogram(sink, "itl_seconds") == ({"0.01": 1, "0.04": 1}, 2, 0.04)
+    assert histogram(sink, "lag_seconds") == ({"0.6": 1}, 1, 0.5)
+    assert histogram(sink, "step_batch_size") == ({"4": 2}, 2, 8.0)
+    assert histogram(sink, "step_seconds") == ({"0.01": 1, "0.02": 1}, 2, 0.03)
+    assert histogram(sink, "encode_seconds") == ({"0.6": 1}, 1, 0.5)
     before = dict(sink.values)
     metrics.flush()
     assert sink.values == before
@@ -99,7 +123,8 @@ def test_nothing_recorded_while_flushing_is_lost_or_doubled() -> None:
     flusher.join()
     metrics.flush()
     assert sink.values["framesink_chunks_total",] == 6000
-    assert len(sink.observed["framesink_encode_seconds"]) == 6000
+    assert sink.values["framesink_encode_seconds_count",] == 6000
+    assert sink.values["framesink_encode_seconds_bucket", "0.15"] == 6000
 
 
 def test_buckets_tell_good_from_bad() -> None:
@@ -116,13 +141,9 @@ def test_the_dashboard_shows_every_metric_and_no_other() -> None:
     metrics = ServingMetrics(sink)
     metrics.state(0, EngineStats(0, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0))
     metrics.flush()
-    plain = {name for name, *_ in sink.values}
-    of_histograms = {
-        f"{name}_{part}" for name in sink.observed for part in ("bucket", "sum", "count")
-    }
-    assert plain <= shown
-    assert {f"{name}_bucket" for name in sink.observed} <= shown
-    assert shown <= plain | of_histograms
+    names = {name for name, *_ in sink.values}
+    assert shown <= names
+    assert {name for name in names - shown if not name.endswith(("_sum", "_count"))} == set()
     panels = dashboard["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     assert all(panel["title"] and panel["description"] for panel in panels)

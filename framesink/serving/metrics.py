@@ -1,10 +1,15 @@
 """What a server tells Prometheus about its sessions.
 
 Recording costs a lock and an addition; `flush` hands everything on at once, from a thread that may
-wait. The names, labels and buckets are those the dashboard in docs/grafana reads.
+wait. A write to Triton is a message to the server that holds Python's lock until it is answered
+(0.13 ms, seen on two busy cores), so there are few, however much was recorded: Triton's own
+histograms, which take observations one by one, are not used. The names, labels and buckets are
+those the dashboard in docs/grafana reads.
 """
 
+import math
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -31,9 +36,27 @@ class MetricSink(Protocol):
         """A number of now; a write sets it."""
         ...
 
-    def histogram(self, name: str, meaning: str, buckets: Sequence[float]) -> Write:
-        """A distribution; a write adds an observation."""
-        ...
+
+class _Histogram:
+    """A distribution as Prometheus stores one: how many observations are at most each bound, how
+    many there are, and their sum."""
+
+    def __init__(self, sink: MetricSink, name: str, meaning: str, bounds: Sequence[float]) -> None:
+        self._bounds = (*bounds, math.inf)
+        labels = [*(f"{bound:g}" for bound in bounds), "+Inf"]
+        self._buckets = [sink.counter(f"{name}_bucket", meaning, {"le": le}) for le in labels]
+        self._sum = sink.counter(f"{name}_sum", meaning, {})
+        self._count = sink.counter(f"{name}_count", meaning, {})
+
+    def write(self, values: Sequence[float]) -> None:
+        """Add observations, 0 or more each."""
+        ordered = sorted(values)
+        for bound, bucket in zip(self._bounds, self._buckets, strict=True):
+            if below := bisect_right(ordered, bound):
+                bucket(below)
+        self._count(len(ordered))
+        if total := math.fsum(ordered):
+            self._sum(total)
 
 
 class ServingMetrics:
@@ -46,14 +69,14 @@ class ServingMetrics:
         def gauge(name: str, meaning: str, **labels: str) -> Write:
             return sink.gauge(f"framesink_{name}", meaning, labels)
 
-        def histogram(name: str, meaning: str, buckets: Sequence[float] = SECONDS) -> Write:
-            return sink.histogram(f"framesink_{name}", meaning, buckets)
+        def histogram(name: str, meaning: str, bounds: Sequence[float] = SECONDS) -> _Histogram:
+            return _Histogram(sink, f"framesink_{name}", meaning, bounds)
 
         self._sink = sink  # Triton's metrics are gone as soon as nobody holds their families
         self._lock = threading.Lock()
         self._added: dict[Write, float] = {}
         self._set: dict[Write, float] = {}
-        self._observed: dict[Write, list[float]] = {}
+        self._observed: dict[_Histogram, list[float]] = {}
 
         self._sessions = gauge("sessions", "live sessions")
         self._pages = {
@@ -146,15 +169,15 @@ class ServingMetrics:
             observed, self._observed = self._observed, {}
         for write, value in (*added.items(), *levels.items()):
             write(value)
-        for write, values in observed.items():
-            for value in values:
-                write(value)
+        for histogram, values in observed.items():
+            histogram.write(values)
 
     def _add(self, write: Write, value: float = 1.0) -> None:
         if value:
             with self._lock:
                 self._added[write] = self._added.get(write, 0.0) + value
 
-    def _observe(self, write: Write, *values: float) -> None:
-        with self._lock:
-            self._observed.setdefault(write, []).extend(values)
+    def _observe(self, histogram: _Histogram, *values: float) -> None:
+        if values:
+            with self._lock:
+                self._observed.setdefault(histogram, []).extend(values)

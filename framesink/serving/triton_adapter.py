@@ -212,12 +212,6 @@ class TritonMetricSink:
         write: Write = self._keep(family.Metric(labels=dict(labels))).set
         return write
 
-    def histogram(self, name: str, meaning: str, buckets: Sequence[float]) -> Write:
-        """See MetricSink."""
-        family = self._family(name, meaning, self._pb_utils.MetricFamily.HISTOGRAM)
-        write: Write = self._keep(family.Metric(labels={}, buckets=list(buckets))).observe
-        return write
-
     def _family(self, name: str, meaning: str, kind: Any) -> Any:
         if name not in self._families:
             self._families[name] = self._pb_utils.MetricFamily(

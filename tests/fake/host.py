@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,6 @@ class RecordingSink:
 
     def __init__(self) -> None:
         self.values: dict[tuple[str, ...], float] = {}
-        self.observed: dict[str, list[float]] = {}
 
     def counter(self, name: str, meaning: str, labels: Mapping[str, str]) -> Write:
         """See MetricSink."""
@@ -44,11 +43,6 @@ class RecordingSink:
         """See MetricSink."""
         key = (name, *labels.values())
         return lambda value: self.values.__setitem__(key, value)
-
-    def histogram(self, name: str, meaning: str, buckets: Sequence[float]) -> Write:
-        """See MetricSink."""
-        assert list(buckets) == sorted(set(buckets))
-        return self.observed.setdefault(name, []).append
 
 
 class Answer:
