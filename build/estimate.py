@@ -104,13 +104,15 @@ def estimate_build(
     calibrate: bool = False,
     compare: bool = False,
     gate: bool = False,
+    carried: Quantization | None = None,
     context: int = 0,
 ) -> BuildEstimate:
     """Estimate each stage of the build of a model of these sizes.
 
     `observe` and `plans` say whether activations are observed and plans compiled, `quantize`
     whether the checkpoint has to be quantized first and `calibrate` whether on video, `compare`
-    whether all precisions are measured, `gate` whether the bundle is. `context` is the longest
+    whether all precisions are measured, `gate` whether the bundle is. `carried` is what is
+    quantized in the checkpoint that the bundle carries, if it carries one. `context` is the longest
     context of a stream in tokens.
     """
     quantization = quantization or Quantization()
@@ -131,6 +133,10 @@ def estimate_build(
     stages.append(
         StageEstimate("author graphs", 2 * PROCESS_BASE_BYTES, -weights if quantize else 0)
     )
+    if carried is not None:
+        size = weight_bytes(config, model_weights(config), carried)
+        advice = "do without --with-checkpoint"
+        stages.append(StageEstimate("write checkpoint", QUANTIZING_BYTES, size, advice))
     if gate:
         stages.append(
             StageEstimate("quality gate", _gate_memory(config, context), 0, "pass --no-gate")

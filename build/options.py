@@ -28,6 +28,7 @@ class BuildOptions:
     of activations are chosen. `gate` is what the bundle must reach (None: what every quantized
     bundle must) against `gate_checkpoint` (None: `checkpoint`); without `judge` nothing is
     measured. `compare` measures every other precision too, and puts a table into the bundle.
+    `with_checkpoint` puts a checkpoint into it that TensorRT-LLM reads.
 
     `calibration_videos` are files or folders (empty: those in the checkpoint's own folder
     `calibration`, or else a generated scene), of which `calibration_chunks` are streamed; `device`
@@ -48,6 +49,7 @@ class BuildOptions:
     gate_checkpoint: Path | None = None
     judge: bool = True
     compare: bool = False
+    with_checkpoint: bool = False
     targets: tuple[str, ...] = ()
     plans: bool = True
     force: bool = False

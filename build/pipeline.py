@@ -15,6 +15,12 @@ from framesink.build.accuracy import (
     read_checkpoint_accuracy,
 )
 from framesink.build.bundle_writer import WEIGHTS_NAME, BundleWriter, tool_versions
+from framesink.build.carried_checkpoint import (
+    CHECKPOINT_DIRECTORY,
+    carried_quantization,
+    check_source,
+    write_carried_checkpoint,
+)
 from framesink.build.estimate import FLOAT32_WEIGHT_LIMIT, compiled_bytes, estimate_build
 from framesink.build.footage import Footage, choose_videos, divide_footage
 from framesink.build.gate import VERIFICATION_NAME, QualityGate
@@ -37,6 +43,7 @@ from framesink.build.reporter import BuildSummary, Reporter, StageResult
 from framesink.build.source import BuildInput, check_streams, observe, read_build_input
 from framesink.build.staging import check_output, staged_directory
 from framesink.calibration.fingerprint import checkpoint_fingerprint
+from framesink.calibration.observers import Observer
 from framesink.calibration.ranges import FLOAT16_MAX, RANGES_NAME, ActivationRanges
 from framesink.calibration.recipe import Recipe
 from framesink.calibration.statistics import Statistics
@@ -69,6 +76,8 @@ def build_bundle(options: BuildOptions, reporter: Reporter) -> BuildSummary:
     source = read_build_input(options.checkpoint)
     config = source.checkpoint.config
     wanted = plan_quantization(options, source)
+    if options.with_checkpoint:
+        check_source(source.checkpoint, wanted.recipe)
     builder: PlanBuilder | None = None
     targets: tuple[str, ...] = ()
     if options.plans:
@@ -85,6 +94,7 @@ def build_bundle(options: BuildOptions, reporter: Reporter) -> BuildSummary:
         calibrate=wanted.calibrate,
         compare=options.compare,
         gate=wanted.gate is not None,
+        carried=carried_quantization(wanted.quantization) if options.with_checkpoint else None,
         context=limits.max_context,
     )
     memory, disk = available_memory(), free_disk(options.output)
@@ -179,6 +189,9 @@ class _Build:
                 writer.record(READABLE_NAME)
         if self.wanted.recipe is not None:
             shutil.rmtree(checkpoint.directory)
+        if self.options.with_checkpoint:
+            with self._stage("write checkpoint"):
+                self._carry_checkpoint(writer, statistics)
         plans: dict[PartName, tuple[PlanSpec, ...]] = dict.fromkeys(PART_NAMES, ())
         if self.wanted.gate is not None and footage is not None:
             manifest = self._manifest(writer, graphs, plans, builder)
@@ -267,6 +280,20 @@ class _Build:
         self.notes += notes
         return checkpoint
 
+    def _carry_checkpoint(self, writer: BundleWriter, statistics: Statistics | None) -> None:
+        """A checkpoint of the bundle's own precision, as far as TensorRT-LLM reads it."""
+        files, notes = write_carried_checkpoint(
+            self.source.checkpoint,
+            self.wanted.recipe,
+            statistics,
+            self.directory,
+            observer=Observer(self.options.observer or Observer.ABSMAX),
+            on_progress=self.reporter.progress,
+        )
+        self.notes += notes
+        for path in files:
+            writer.record(f"{CHECKPOINT_DIRECTORY}/{path.name}")
+
     def _judge(self, manifest: Manifest, gate: QualityGate, footage: Footage) -> None:
         """Measure the bundle as far as it is written; what was measured goes into it."""
         bundle = Bundle(self.directory, manifest)
@@ -350,5 +377,6 @@ class _Build:
             activation_ranges=RANGES_NAME,
             verification=VERIFICATION_NAME if VERIFICATION_NAME in writer.files else None,
             accuracy=ACCURACY_NAME if ACCURACY_NAME in writer.files else None,
+            checkpoint=CHECKPOINT_DIRECTORY if self.options.with_checkpoint else None,
             files=writer.files,
         )

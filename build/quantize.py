@@ -93,10 +93,11 @@ def quantize(
         observer=Observer(options.observer or Observer.ABSMAX),
         on_progress=reporter.progress,
     )
-    return Checkpoint.open(directory), _notes(summary)
+    return Checkpoint.open(directory), notes_of(summary)
 
 
-def _notes(summary: QuantizeSummary) -> list[str]:
+def notes_of(summary: QuantizeSummary) -> list[str]:
+    """What a person should know of a checkpoint that was quantized."""
     notes = [
         f"{len(names)} linear layers are held otherwise than asked for, in {reason}."
         for reason, names in summary.replaced.items()

@@ -16,6 +16,7 @@ from framesink.runtime.errors import CheckpointError
 from framesink.runtime.executors.tensorrt_llm.checkpoint import (
     DESCRIPTION_NAME,
     LAYER_CONFIG_NAME,
+    require_model_of,
     require_readable,
 )
 from framesink.runtime.models.checkpoint import Checkpoint
@@ -55,61 +56,62 @@ def describe(directory: Path, **quantization: Any) -> Path:
 
 
 def test_a_16_bit_checkpoint_is_read(tiny_checkpoint: Path, bundle: Bundle) -> None:
-    require_readable(tiny_checkpoint, bundle)
+    require_readable(tiny_checkpoint)
+    require_model_of(bundle, tiny_checkpoint)
 
 
 def test_what_calibrate_writes_for_it_is_read(
     quantized: Callable[..., Path], bundle: Bundle
 ) -> None:
     """The layout leaves in 16-bit what cannot be read, the vision encoder first of all."""
-    require_readable(quantized(Layout.TENSORRT_LLM, vision=True), bundle)
+    checkpoint = quantized(Layout.TENSORRT_LLM, vision=True)
+    require_readable(checkpoint)
+    require_model_of(bundle, checkpoint)
 
 
-def test_framesinks_own_layout_is_refused(quantized: Callable[..., Path], bundle: Bundle) -> None:
+def test_framesinks_own_layout_is_refused(quantized: Callable[..., Path]) -> None:
     with pytest.raises(CheckpointError, match=rf"framesink's own layout.*{COMMAND}"):
-        require_readable(quantized(Layout.FRAMESINK), bundle)
+        require_readable(quantized(Layout.FRAMESINK))
 
 
-def test_a_quantized_vision_encoder_is_refused(
-    quantized: Callable[..., Path], bundle: Bundle
-) -> None:
+def test_a_quantized_vision_encoder_is_refused(quantized: Callable[..., Path]) -> None:
     with pytest.raises(CheckpointError, match=rf"(?s)vision encoder .* is int8.*{COMMAND}"):
-        require_readable(quantized(Layout.MODELOPT, vision=True), bundle)
+        require_readable(quantized(Layout.MODELOPT, vision=True))
 
 
 @pytest.mark.parametrize("algorithm", ["W8A8_SQ_PER_CHANNEL", "W8A8_SQ_PER_TENSOR_PLUGIN"])
-def test_smoothquant_is_refused(copy: Path, bundle: Bundle, algorithm: str) -> None:
+def test_smoothquant_is_refused(copy: Path, algorithm: str) -> None:
     with pytest.raises(CheckpointError, match=rf"with SmoothQuant, .*{COMMAND}"):
-        require_readable(describe(copy, quant_algo=algorithm), bundle)
+        require_readable(describe(copy, quant_algo=algorithm))
 
 
 @pytest.mark.parametrize("algorithm", ["FP8", "FP8_BLOCK_SCALES", "NVFP4", "W4A8_AWQ", None])
-def test_algorithms_it_reads(copy: Path, bundle: Bundle, algorithm: str | None) -> None:
-    require_readable(describe(copy, quant_algo=algorithm, kv_cache_quant_algo="FP8"), bundle)
+def test_algorithms_it_reads(copy: Path, algorithm: str | None) -> None:
+    require_readable(describe(copy, quant_algo=algorithm, kv_cache_quant_algo="FP8"))
 
 
-def test_one_layer_of_a_mixture_is_enough(copy: Path, bundle: Bundle) -> None:
+def test_one_layer_of_a_mixture_is_enough(copy: Path) -> None:
     layers = {"a": {"quant_algo": "FP8"}, "b": {"quant_algo": "W8A8_SQ_PER_CHANNEL"}}
     describe(copy, quant_algo="MIXED_PRECISION", quantized_layers=layers)
     with pytest.raises(CheckpointError, match=rf"wants {LAYER_CONFIG_NAME} beside it"):
-        require_readable(copy, bundle)
+        require_readable(copy)
     (copy / LAYER_CONFIG_NAME).write_text("{}")
     with pytest.raises(CheckpointError, match="with SmoothQuant"):
-        require_readable(copy, bundle)
+        require_readable(copy)
     del layers["b"]
-    require_readable(describe(copy, quant_algo="MIXED_PRECISION", quantized_layers=layers), bundle)
+    require_readable(describe(copy, quant_algo="MIXED_PRECISION", quantized_layers=layers))
 
 
-def test_an_int8_cache_is_refused(copy: Path, bundle: Bundle) -> None:
+def test_an_int8_cache_is_refused(copy: Path) -> None:
     with pytest.raises(CheckpointError, match="a K/V cache in 'INT8'"):
-        require_readable(describe(copy, quant_algo="FP8", kv_cache_quant_algo="INT8"), bundle)
+        require_readable(describe(copy, quant_algo="FP8", kv_cache_quant_algo="INT8"))
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"quantization": 3}', ""])
-def test_a_malformed_description_is_a_sentence(copy: Path, bundle: Bundle, content: str) -> None:
+def test_a_malformed_description_is_a_sentence(copy: Path, content: str) -> None:
     (copy / DESCRIPTION_NAME).write_text(content)
     with pytest.raises(CheckpointError, match=DESCRIPTION_NAME):
-        require_readable(copy, bundle)
+        require_readable(copy)
 
 
 def test_another_model_is_refused(copy: Path, bundle: Bundle) -> None:
@@ -117,26 +119,26 @@ def test_another_model_is_refused(copy: Path, bundle: Bundle) -> None:
     config["text_config"]["rms_norm_eps"] = 1e-3
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="another model than the bundle"):
-        require_readable(copy, bundle)
+        require_model_of(bundle, copy)
 
 
 def test_another_tokenizer_is_refused(copy: Path, bundle: Bundle) -> None:
     with (copy / "tokenizer.json").open("a") as file:
         file.write(" ")
     with pytest.raises(CheckpointError, match=r"another tokenizer\.json than the bundle"):
-        require_readable(copy, bundle)
+        require_model_of(bundle, copy)
 
 
-def test_code_and_pickles_are_refused(copy: Path, bundle: Bundle) -> None:
+def test_code_and_pickles_are_refused(copy: Path) -> None:
     (copy / "modeling.py").write_text("")
     with pytest.raises(CheckpointError, match=r"holds code \(modeling\.py\)"):
-        require_readable(copy, bundle)
+        require_readable(copy)
     (copy / "modeling.py").unlink()
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="only pickled weights"):
-        require_readable(copy, bundle)
+        require_readable(copy)
 
 
-def test_a_directory_that_is_not_there(tmp_path: Path, bundle: Bundle) -> None:
+def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="There is no checkpoint directory"):
-        require_readable(tmp_path / "none", bundle)
+        require_readable(tmp_path / "none")

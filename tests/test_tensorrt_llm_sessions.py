@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("transformers", reason="the stand-in runs on transformers")
 
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from fake import tensorrt_llm as stand_in
 from fake.tensorrt_llm_model import load_runner
 from reference.dense_model import load_model
@@ -57,7 +57,14 @@ MakeEngine = Callable[..., StreamingEngine]
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("demo") / "bundle"
-    options = BuildOptions(MODEL, output, plans=False, executed_type="float32", max_streams=16)
+    options = BuildOptions(
+        MODEL,
+        output,
+        plans=False,
+        executed_type="float32",
+        max_streams=16,
+        with_checkpoint=True,
+    )
     build_bundle(options, SilentReporter())
     return output
 
@@ -78,7 +85,7 @@ def make_engine(bundle: Path, behaviour: stand_in.Behaviour) -> Iterator[MakeEng
     engines: list[StreamingEngine] = []
 
     def make(*, threaded: bool = False, **settings: Any) -> StreamingEngine:
-        options = TensorRTLLMOptions(checkpoint=MODEL, **settings)
+        options = TensorRTLLMOptions(**settings)
         engine = StreamingEngine.load(
             bundle, "tensorrt_llm", threaded=threaded, tensorrt_llm=options
         )
@@ -429,20 +436,22 @@ def test_what_fails_to_load_is_a_sentence(
         make_engine()
 
 
-def test_the_command_line(bundle: Path, behaviour: stand_in.Behaviour) -> None:
-    command = ["stream", str(CLIP), "--engines", str(bundle), "--max-chunks", "3"]
-    command += ["--executor", "tensorrt_llm"]
-    with_checkpoint = [*command, "--checkpoint", str(MODEL), "--trim-turns", "2"]
-    result = CliRunner().invoke(framesink, with_checkpoint)
-    assert result.exit_code == 0, result.output
-    assert result.stdout == "[2.0–3.0] first blue star enters.\n"
-    assert "tensorrt_llm 1.2.0" in result.stderr
+def test_the_command_line(bundle: Path, tiny_bundle: Path, behaviour: stand_in.Behaviour) -> None:
+    def stream(engines: Path, *options: str) -> Result:
+        command = ["stream", str(CLIP), "--engines", str(engines), "--max-chunks", "3"]
+        return CliRunner().invoke(framesink, [*command, "--executor", "tensorrt_llm", *options])
 
-    without = CliRunner().invoke(framesink, command)
+    for options in ([], ["--checkpoint", str(MODEL), "--trim-turns", "2"]):
+        result = stream(bundle, *options)
+        assert result.exit_code == 0, result.output
+        assert result.stdout == "[2.0–3.0] first blue star enters.\n"
+        assert "tensorrt_llm 1.2.0" in result.stderr
+
+    without = stream(tiny_bundle)
     assert without.exit_code == 3
     assert "carries no checkpoint" in without.stderr
 
-    other = CliRunner().invoke(framesink, [*with_checkpoint, "--executor", "onnxruntime"])
+    other = stream(bundle, "--trim-turns", "2", "--executor", "onnxruntime")
     assert other.exit_code == 2
     assert "mean nothing to the executor 'onnxruntime'" in other.stderr
 

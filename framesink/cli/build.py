@@ -59,6 +59,11 @@ PRECISION = click.Choice(["fp16", "fp8", "int8", "int8-weight-only", "int4-weigh
     help="Measure every other precision too, in simulation, and put the table into the bundle.",
 )
 @click.option(
+    "--with-checkpoint",
+    is_flag=True,
+    help="Put a checkpoint into the bundle, too, for the tensorrt_llm executor.",
+)
+@click.option(
     "--target",
     "targets",
     multiple=True,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from framesink.runtime.bundle import Bundle, hash_file
+from framesink.runtime.bundle import TOKENIZER_NAME, Bundle, hash_file
 from framesink.runtime.errors import CheckpointError
 from framesink.runtime.models.checkpoint import CONFIG_NAME, find_tensors, read_json
 from framesink.runtime.models.companion_files import companion_files
@@ -36,9 +36,8 @@ QUANTIZE_HINT = (
 _VISION = "visual."
 
 
-def require_readable(directory: Path, bundle: Bundle) -> None:
-    """Raise CheckpointError, in one sentence, unless TensorRT-LLM reads the checkpoint and it is of
-    the bundle's model: the same sizes, the same tokenizer."""
+def require_readable(directory: Path) -> None:
+    """Raise CheckpointError, in one sentence, unless TensorRT-LLM reads the checkpoint."""
     if not directory.is_dir():
         raise CheckpointError(f"There is no checkpoint directory {directory}.")
     companion_files(directory)
@@ -48,26 +47,30 @@ def require_readable(directory: Path, bundle: Bundle) -> None:
             f"The checkpoint {directory} holds code ({code[0]}), which would be run when it is "
             "loaded; remove it, Qwen2.5-VL needs none."
         )
-    config = read_json(directory / CONFIG_NAME)
-    if parse_config(config) != bundle.manifest.model:
-        raise CheckpointError(
-            f"The checkpoint {directory} is of another model than the bundle {bundle.directory}; "
-            "give the one the bundle was built from."
-        )
-    name = "tokenizer.json"
-    if hash_file(directory / name) != bundle.manifest.files[name].sha256:
-        raise CheckpointError(
-            f"The checkpoint {directory} has another {name} than the bundle {bundle.directory}; "
-            "give the one the bundle was built from."
-        )
+    own_layout = (directory / QUANTIZATION_NAME).exists()
     if (directory / DESCRIPTION_NAME).exists():
         _check_description(directory)
-    elif (directory / QUANTIZATION_NAME).exists() and "quantization_config" in config:
+    elif own_layout and "quantization_config" in read_json(directory / CONFIG_NAME):
         raise CheckpointError(
             f"The checkpoint {directory} is quantized in framesink's own layout, which "
             f"TensorRT-LLM does not read; {QUANTIZE_HINT}."
         )
     _check_vision_encoder(directory)
+
+
+def require_model_of(bundle: Bundle, directory: Path) -> None:
+    """Raise CheckpointError unless a readable checkpoint is of the bundle's model: the same sizes,
+    the same tokenizer."""
+    if parse_config(read_json(directory / CONFIG_NAME)) != bundle.manifest.model:
+        raise CheckpointError(
+            f"The checkpoint {directory} is of another model than the bundle {bundle.directory}; "
+            "give the one the bundle was built from."
+        )
+    if hash_file(directory / TOKENIZER_NAME) != bundle.manifest.files[TOKENIZER_NAME].sha256:
+        raise CheckpointError(
+            f"The checkpoint {directory} has another {TOKENIZER_NAME} than the bundle "
+            f"{bundle.directory}; give the one the bundle was built from."
+        )
 
 
 def _check_description(directory: Path) -> None:

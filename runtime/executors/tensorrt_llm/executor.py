@@ -16,7 +16,11 @@ import numpy as np
 
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.errors import CheckpointError, FramesinkError
-from framesink.runtime.executors.tensorrt_llm.checkpoint import QUANTIZE_HINT, require_readable
+from framesink.runtime.executors.tensorrt_llm.checkpoint import (
+    QUANTIZE_HINT,
+    require_model_of,
+    require_readable,
+)
 from framesink.runtime.executors.tensorrt_llm.contract import (
     Api,
     first_line,
@@ -71,7 +75,8 @@ class TensorRTLLMExecutor:
         """
         require_installed()
         checkpoint = _find_checkpoint(bundle, options)
-        require_readable(checkpoint, bundle)
+        require_readable(checkpoint)
+        require_model_of(bundle, checkpoint)
         api = load_api()
         protocol = bundle.protocol()
         try:
