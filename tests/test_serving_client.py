@@ -444,7 +444,7 @@ def test_asyncio_waiting_to_push_leaves_the_loop_free(server: FakeTriton) -> Non
     assert asyncio.run(asyncio.wait_for(run(), 30.0)) > 3
 
 
-@given(st.lists(st.text(max_size=30)), st.integers(2, 40))
+@given(st.lists(st.text("ab é", max_size=12), max_size=12), st.integers(2, 40))
 def test_a_transcript_keeps_beginning_and_end(pieces: list[str], limit: int) -> None:
     transcript = Transcript(limit)
     for piece in pieces:

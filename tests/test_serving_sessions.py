@@ -268,7 +268,7 @@ def crash_under(server: RunningServer, client: Client, alone: list[Any]) -> None
         settings = SessionSettings(model=road, frame_format="png", reconnect_seconds=60.0)
         with client.session(settings=settings) as session:
             first = session.sequence_id
-            pieces = iter(video(number, 40))
+            pieces = iter(video(number, 58))
             events: list[Event] = []
             coming = iter(session)
             while True:
@@ -281,12 +281,12 @@ def crash_under(server: RunningServer, client: Client, alone: list[Any]) -> None
                 if crashed.is_set() and session.sequence_id != first:
                     return events, len(session.transcript)
 
+    victim = server.model_process("language_model")
     speaking, crashed = threading.Semaphore(0), threading.Event()
     with ThreadPoolExecutor(8) as threads:
         watched = [threads.submit(watch, number) for number in range(8)]
         for _ in range(16):
             assert speaking.acquire(timeout=PATIENCE)
-        victim = server.model_process("language_model")
         crashed.set()
         victim.kill()
         results = [one.result(timeout=120.0) for one in watched]
