@@ -35,11 +35,10 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 # Triton's interpreter takes its time.
 SPANS = 8 if HAS_GPU else 3
 NEW_TOKENS = (150, 1, 9) if HAS_GPU else (24, 1, 5)
-ALL_SIZES = [
-    SMALL,
-    pytest.param(LARGE, marks=pytest.mark.skipif(not HAS_GPU, reason="slow without a GPU")),
-    WIDE,
-]
+ALL_SIZES = [SMALL, WIDE, LARGE] if HAS_GPU else [SMALL, WIDE]
+CASES = [(sizes, splits) for sizes in ALL_SIZES for splits in (1, 3, None)]
+if not HAS_GPU:
+    CASES = [(SMALL, 1), (SMALL, None), (WIDE, 3)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -225,8 +224,7 @@ def assert_close(result: Tensor, reference: Tensor, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", ALL_SIZES)
-@pytest.mark.parametrize("splits", [1, 3, None])
+@pytest.mark.parametrize(("sizes", "splits"), CASES)
 def test_decode_attends_to_what_the_masks_show(
     sizes: Sizes, dtype: torch.dtype, splits: int | None
 ) -> None:
@@ -239,8 +237,7 @@ def test_decode_attends_to_what_the_masks_show(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", ALL_SIZES)
-@pytest.mark.parametrize("splits", [1, 3, None])
+@pytest.mark.parametrize(("sizes", "splits"), CASES)
 def test_prefill_attends_to_the_context_and_to_itself_in_order(
     sizes: Sizes, dtype: torch.dtype, splits: int | None
 ) -> None:
