@@ -1,6 +1,7 @@
 """A real server for tests: framesink's supervisor, Triton Inference Server, free ports."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection
@@ -54,8 +55,10 @@ class RunningServer:
             connection.close()
 
     def model_process(self, name: str) -> psutil.Process:
-        """The process of a model, such as language_model."""
-        for process in psutil.Process().children(recursive=True):
+        """The process of a model, such as language_model, of this server, which must be ready."""
+        server = psutil.Process(self.supervisor.engine.process).parent()
+        assert server is not None
+        for process in server.children(recursive=True):
             if any(f"/models/{name}/1/" in part for part in process.cmdline()):
                 return process
         raise LookupError(name)
@@ -73,3 +76,11 @@ def start_server(bundle: Path, **options: Any) -> Iterator[RunningServer]:
     )
     with Supervisor(bundle, checked) as supervisor:
         yield RunningServer(supervisor)
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
+    """Wait for what should come about soon; fails if it does not within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)

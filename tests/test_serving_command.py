@@ -4,15 +4,14 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.client import HTTPConnection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+from serving_server import wait_until
 
 from framesink.client import (
     Client,
@@ -66,13 +65,6 @@ def command(demo_bundle: Path) -> Iterator[Command]:
     with command.process:
         yield command
         command.process.kill()
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("road", ["language_model", "streaming_vlm"])

@@ -3,14 +3,13 @@
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 import pytest
-from serving_server import RunningServer, start_server
+from serving_server import RunningServer, start_server, wait_until
 
 from framesink.client import Event, EventKind, SessionSettings, connect
 from framesink.client.session import Session
@@ -38,13 +37,6 @@ def frame() -> UInt8Array:
     _, picture = capture.read()
     capture.release()
     return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
 
 
 def read_turns(session: Session, count: int, seconds: float = 60.0) -> list[Event]:
@@ -106,7 +98,7 @@ def test_whatever_dies_is_recovered(server: RunningServer, frame: UInt8Array, vi
     process.kill()
     wait_until(lambda: not server.ready(), 5.0)
     wait_until(server.ready)
-    assert not language_model.is_running()
+    assert server.model_process("language_model").pid != language_model.pid
     settings = SessionSettings(model="streaming_vlm")
     with connect(server.url) as client, client.session(settings=settings) as session:
         session.push(np.stack([frame] * FRAMES_PER_CHUNK))
