@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from fake.engine import LIMITS, PREPROCESS, make_model, make_protocol
 from framesink.runtime.engine import StreamingEngine
 from framesink.runtime.manifest import StreamingDefaults
+from framesink.runtime.observer import EngineObserver
 from framesink.runtime.prompting.executor import PromptSettings, ReplyRequest
 from framesink.runtime.protocol import ChatProtocol
 
@@ -60,6 +61,7 @@ def make_prompt_engine(
     protocol: ChatProtocol | None = None,
     trim_turns: int = 1,
     threaded: bool = False,
+    observer: EngineObserver | None = None,
 ) -> tuple[StreamingEngine, WrittenExecutor]:
     """Sessions have no query and 6 new tokens by default."""
     protocol = protocol or make_protocol()
@@ -72,5 +74,6 @@ def make_prompt_engine(
         StreamingDefaults(max_new_tokens=6, sink_text=8, recent_text=12, vision_seconds=3.0),
         LIMITS,
         threaded=threaded,
+        observer=observer,
     )
     return engine, executor

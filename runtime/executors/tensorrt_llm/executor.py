@@ -126,7 +126,7 @@ class TensorRTLLMExecutor:
         if generation.failure is not None:
             raise FramesinkError(f"A trial prompt failed: {generation.failure}")
         made, expected = generation.prompt_tokens, request.prompt.tokens
-        if made != expected:
+        if made is not None and made != expected:
             raise FramesinkError(
                 f"tensorrt_llm made {made} tokens of a trial prompt of {expected}: its "
                 "preprocessing is not the bundle's, so replies would be about something else."
