@@ -41,11 +41,14 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=8)
     parser.add_argument("--seconds", type=int, default=100, help="length of every scene")
     parser.add_argument("--first-seed", type=int, default=4000)
+    parser.add_argument("--event-rate", type=float, help="chance of an event in a chunk")
     parser.add_argument("--compared", type=int, default=8, help="scenes tokens are compared on")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--twin-size", type=float, default=DEFAULT_SIZE, help="of the twin's bias")
     options = parser.parse_args()
-    scenes = held_out_scenes(options.first_seed, options.scenes, options.seconds)
+    scenes = held_out_scenes(
+        options.first_seed, options.scenes, options.seconds, options.event_rate
+    )
     run = Run(
         options.work,
         options.checkpoint,
@@ -53,6 +56,7 @@ def main() -> None:
         scenes[: options.compared],
         options.processes,
         options.twin_size,
+        options.event_rate,
     )
     for number, cells in enumerate(PARTS[options.part](run)):
         print(_row(cells), flush=True)

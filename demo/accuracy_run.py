@@ -26,6 +26,7 @@ class Run:
     compared: Sequence[Scene]
     processes: int
     twin_size: float
+    event_rate: float | None = None
 
     @property
     def statistics(self) -> Path:
@@ -41,7 +42,8 @@ class Run:
 
     def find(self, work: Callable[[Task], Any], tasks: Mapping[str, Task]) -> dict[str, Any]:
         """What `work` finds for each task, by its name. Kept, and not looked for again."""
-        folder = self.work / "results" / f"{self.scenes[0].seconds}s"
+        rate = "" if self.event_rate is None else f"-rate-{self.event_rate:g}"
+        folder = self.work / "results" / f"{self.scenes[0].seconds}s{rate}"
         paths = {name: folder / f"{name}.json" for name in tasks}
         found = spread(work, {paths[name]: task for name, task in tasks.items()}, self.processes)
         return {name: found[path] for name, path in paths.items()}
@@ -49,17 +51,18 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class CompareTask:
-    """Bundles to compare with a reference on one scene."""
+    """Bundles to compare with a reference on one scene; see `make_scene` for what makes that."""
 
     reference: Path
     candidates: dict[str, Path]
     seed: int
     seconds: int
+    event_rate: float | None = None
 
     @property
     def scene(self) -> Scene:
         """The scene, laid out again: only its seed travels between processes."""
-        return make_scene(self.seed, self.seconds)
+        return make_scene(self.seed, self.seconds, event_rate=self.event_rate)
 
 
 def executor(directory: Path) -> tuple[OnnxRuntimeExecutor, StreamSettings]:

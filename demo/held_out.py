@@ -56,12 +56,17 @@ class Result:
         return asdict(self)
 
 
-def held_out_scenes(first_seed: int, count: int, seconds: int) -> list[Scene]:
-    """Scenes the model was not trained on. Raises ValueError for seeds it was trained on."""
+def held_out_scenes(
+    first_seed: int, count: int, seconds: int, event_rate: float | None = None
+) -> list[Scene]:
+    """Scenes the model was not trained on; `event_rate` as in `make_scene`.
+
+    Raises ValueError for seeds it was trained on.
+    """
     seeds = range(first_seed, first_seed + count)
     if seeds.stop > HELD_OUT_SEEDS.stop:
         raise ValueError(f"seeds from {HELD_OUT_SEEDS.stop} on were trained on")
-    return [make_scene(seed, seconds) for seed in seeds]
+    return [make_scene(seed, seconds, event_rate=event_rate) for seed in seeds]
 
 
 def stream_of(scene: Scene) -> tuple[Iterator[Chunk], Mapping[int, str]]:

@@ -30,7 +30,7 @@ def drift_rows(run: Run) -> Iterator[list[str]]:
     candidates = {scheme_name(scheme): bundles[scheme] for scheme in DRIFT_SCHEMES}
     tasks = {
         f"drift-{scene.seed}": CompareTask(
-            bundles["fp16", "fp16"], candidates, scene.seed, scene.seconds
+            bundles["fp16", "fp16"], candidates, scene.seed, scene.seconds, run.event_rate
         )
         for scene in run.scenes
     }
@@ -54,7 +54,7 @@ def ageing_rows(run: Run) -> Iterator[list[str]]:
     candidates = {scheme_name(scheme): bundles[scheme] for scheme in AGEING_SCHEMES}
     tasks = {
         f"ageing-{scene.seed}": CompareTask(
-            bundles["fp16", "fp16"], candidates, scene.seed, scene.seconds
+            bundles["fp16", "fp16"], candidates, scene.seed, scene.seconds, run.event_rate
         )
         for scene in run.scenes
     }
