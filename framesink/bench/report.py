@@ -128,8 +128,8 @@ def serve_table(report: "ServeReport") -> Table:
     """Server against local runtime."""
     height, width = report.frame_size
     rows = []
-    for name in ("first", "token"):
-        label = {"first": "first token", "token": "per further token"}[name]
+    labels = {"first": "first token", "token": "per further token", "reply": "whole reply"}
+    for name, label in labels.items():
         rows.append((f"{label}, local", getattr(report.local, name)))
         for road in report.roads:
             rows.append((f"{label}, {road}", getattr(report.roads[road], name)))

@@ -31,10 +31,12 @@ ROADS = {"direct": LANGUAGE_MODEL, "ensemble": STREAMING_VLM}
 @dataclass(frozen=True, slots=True)
 class RoadTimes:
     """Seconds, as a caller sees them. `first`: from handing a chunk over to the first event of its
-    reply; `token`: from there to the reply's end, per further token."""
+    reply; `token`: from there to the reply's end, per further token, of replies that come in
+    several events; `reply`: from handing a chunk over to the reply's end."""
 
     first: Quantiles
     token: Quantiles
+    reply: Quantiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +60,16 @@ class ServeReport:
 class _Reply:
     first: float
     rest: float
+    events: int
     tokens: tuple[int, ...]
 
     @property
     def per_token(self) -> float | None:
-        further = len(self.tokens) - 1
-        return self.rest / further if further > 0 else None
+        return self.rest / (len(self.tokens) - 1) if self.events > 1 else None
+
+    @property
+    def total(self) -> float:
+        return self.first + self.rest
 
 
 class _Session(Protocol):
@@ -149,7 +155,7 @@ def measure_serving(
 def _run(session: _Session, events: Iterator[Event], chunk: Chunk) -> _Reply:
     started = time.perf_counter()
     session.push_chunk(chunk)
-    first = None
+    first, count = None, 0
     for event in events:
         if event.kind is EventKind.ERROR:
             raise FramesinkError(event.text)
@@ -157,8 +163,9 @@ def _run(session: _Session, events: Iterator[Event], chunk: Chunk) -> _Reply:
             continue
         now = time.perf_counter()
         first = now if first is None else first
+        count += 1
         if event.final:
-            return _Reply(first - started, now - first, event.tokens)
+            return _Reply(first - started, now - first, count, event.tokens)
     raise FramesinkError("A session ended before it replied to a chunk; run the bench again.")
 
 
@@ -176,6 +183,7 @@ def _times(replies: list[_Reply]) -> RoadTimes:
     return RoadTimes(
         first=Quantiles.of([reply.first for reply in replies]),
         token=Quantiles.of([t for reply in replies if (t := reply.per_token) is not None]),
+        reply=Quantiles.of([reply.total for reply in replies]),
     )
 
 
@@ -190,6 +198,7 @@ def _differences(replies: list[_Reply], local: list[_Reply]) -> RoadTimes:
                 if (here := one.per_token) is not None and (there := other.per_token) is not None
             ]
         ),
+        reply=Quantiles.of([one.total - other.total for one, other in pairs]),
     )
 
 
