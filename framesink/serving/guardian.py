@@ -21,8 +21,10 @@ from types import FrameType
 SIGNALLED = 128
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
-# prctl(2): the signal that the kernel sends when the thread that started this process ends.
+# prctl(2): the signal that the kernel sends when the thread that started this process ends, and
+# whether processes whose parent has ended become children of this one.
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 def guarded_command(command: Sequence[str], directory: Path, prefix: str) -> list[str]:
@@ -42,7 +44,9 @@ class Guardian:
         self._process: subprocess.Popen[bytes] | None = None
         self._told_to_end = False
         signal.signal(signal.SIGTERM, self._end)
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        library = ctypes.CDLL(None)
+        library.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        library.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if self.orphaned:  # since before the kernel was asked to tell
             self._told_to_end = True
 
@@ -52,12 +56,16 @@ class Guardian:
         return os.getppid() != self._parent
 
     def run(self, command: Sequence[str]) -> int:
-        """Run the command until it ends or is ended; returns its exit status."""
+        """Run the command until it ends or is ended; returns its exit status when all that it
+        started is gone, with the memory it held."""
         self._process = subprocess.Popen(command, start_new_session=True)
         if self._told_to_end:  # before there was a process to end
             self._kill()
         status = self._process.wait()
         self._kill()  # what it leaves behind
+        with suppress(ChildProcessError):
+            while True:
+                os.wait()
         return status
 
     def _end(self, _signal: int, _frame: FrameType | None) -> None:

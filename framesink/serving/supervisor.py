@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -186,5 +187,6 @@ class Supervisor:
 
 
 def _write_to_stderr(line: str) -> None:
-    sys.stderr.write(line)
-    sys.stderr.flush()
+    with suppress(OSError):  # nobody reads it; the server goes on
+        sys.stderr.write(line)
+        sys.stderr.flush()
