@@ -93,3 +93,10 @@ def test_weights_that_are_not_quantized(biased: bool) -> None:
     linear(inputs, Weights(weight, bias=bias), out)
     expected = inputs.double() @ weight.double().t()
     assert error(out, expected + bias.double() if bias is not None else expected) < 8e-3
+
+
+def test_parts_of_more_rows_than_a_tile_are_refused() -> None:
+    inputs, weights, expected = case((20, 130, 640), torch.int8, DTYPES[0], biased=False)
+    out = torch.empty(expected.shape, dtype=DTYPES[0], device=DEVICE)
+    with pytest.raises(ValueError, match="not 20"):
+        launch(inputs, weights, out, Tiling(channels=64, rows=16, depth=64, splits=2))

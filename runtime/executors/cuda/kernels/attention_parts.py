@@ -16,6 +16,7 @@ from framesink.runtime.executors.cuda.kernels.formats import OutputFormat, encod
 from framesink.runtime.executors.cuda.kernels.overlap import await_inputs, overlapping
 
 LOG2_E = 1.4426950408889634
+# Values that one program puts together, and how many channels of a row if it has many parts.
 _PROGRAM_SIZE = 8192
 _FEW_SPLITS = 8
 _CHANNELS = 32

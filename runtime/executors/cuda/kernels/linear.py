@@ -10,12 +10,15 @@ from torch import Tensor
 
 from framesink.runtime.executors.cuda.kernels.linear_tiling import (
     FEW_ROWS,
+    LEAST_CHANNELS,
     Tiling,
     choose_tiling,
 )
 from framesink.runtime.executors.cuda.kernels.overlap import await_inputs, overlapping
 
+# Scales of 1 are kept for multiples of so many rows.
 _ONES = 4096
+# From so many inputs on, the library is faster without scales of channels.
 _DEEP = 8192
 _BLOCK = 1024
 
@@ -32,11 +35,11 @@ class Weights:
     weight: Tensor
     scale: Tensor | None = None
     bias: Tensor | None = None
-    # How many parts of a sum are done, per tile of the output; every launch leaves zeros.
+    # How many parts of a sum are done, per tile of few rows; every launch leaves zeros.
     arrivals: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        tiles = triton.cdiv(len(self.weight), 64) * 4
+        tiles = triton.cdiv(len(self.weight), LEAST_CHANNELS)
         arrivals = torch.zeros(tiles, dtype=torch.int32, device=self.weight.device)
         object.__setattr__(self, "arrivals", arrivals)
 
@@ -108,11 +111,14 @@ def _ones(rows: int, device: torch.device) -> Tensor:
 
 
 def launch(inputs: Tensor, weights: Weights, out: Tensor, tiling: Tiling) -> None:
-    """As `linear` of codes, in a given tiling."""
+    """As `linear` of codes, in a given tiling. Raises ValueError for a sum in parts whose rows are
+    more than one tile holds."""
     rows, depth = inputs.shape
     channels = len(weights.weight)
     column_tiles = triton.cdiv(channels, tiling.channels)
     row_tiles = triton.cdiv(rows, tiling.rows)
+    if tiling.splits > 1 and row_tiles > 1:
+        raise ValueError(f"a sum in parts has up to {tiling.rows} rows in this tiling, not {rows}")
     sum_type = torch.int32 if weights.weight.dtype is torch.int8 else torch.float32
     share = triton.cdiv(triton.cdiv(depth, tiling.depth), tiling.splits) * tiling.depth
     parts = out

@@ -21,8 +21,11 @@ class Tiling:
 
 # Up to so many rows the bytes of the weight are what takes time.
 FEW_ROWS = 64
-# Programs per multiprocessor that a sum is split for: more than one only if they are small.
-_FEW_ROWS_PROGRAMS = 1.7
+# What the left operand of a matrix instruction needs.
+LEAST_CHANNELS = 64
+# Programs per multiprocessor that sums are split for, with up to 32 rows (else 1), and the fewest
+# inputs of a part.
+_PROGRAMS = 1.7
 _LEAST_DEPTH = 1024
 
 
@@ -41,10 +44,10 @@ def choose_tiling(
         )
     else:
         tile_rows = max(16, 1 << (rows - 1).bit_length())
-        tiles = -(-channels // 64)
-        programs = int(processors * (_FEW_ROWS_PROGRAMS if tile_rows <= 32 else 1))
+        tiles = -(-channels // LEAST_CHANNELS)
+        programs = int(processors * (_PROGRAMS if tile_rows <= 32 else 1))
         tiling = Tiling(
-            channels=64,
+            channels=LEAST_CHANNELS,
             rows=tile_rows,
             # Rows of 256 bytes are long enough for the memory.
             depth=256,

@@ -21,6 +21,7 @@ from framesink.runtime.executors.cuda.kernels.tiles import NO_SLOT, TILE_ROWS, D
 _MIN_ROWS = 16
 # Programs that run at once on one multiprocessor.
 _PROGRAMS = 3
+# With fewer parts than this, rounding them down would leave much of the GPU idle.
 _MANY = 8
 _WARPS = 4
 _STAGES = 3
@@ -39,15 +40,15 @@ def paged_decode(
     """Attend from each sequence's newest token to its tiles, which include that token's own row.
 
     `qkv` `[B, (H + 2·Hkv)·D]` as `rotate_and_append` left it; `k_pages` and `v_pages`
-    `[N, Hkv, page, D]`; `out` `[B, H·D]`. Every context is split into `splits` parts, by
-    default so many that they fill the GPU. What is launched depends on shapes alone, so a CUDA
-    graph can hold it.
+    `[N, Hkv, page, D]`; `out` `[B, H·D]`. Every context is split into `splits` parts, by default so
+    many that they fill the GPU. What is launched depends on shapes alone, so a CUDA graph can hold
+    it.
     """
     batch = len(qkv)
     _, key_heads, page_size, head_dim = k_pages.shape
     heads = out.shape[1] // head_dim
     if splits is None:
-        splits = decode_splits(batch * key_heads, tiles.bases.shape[1], qkv.device)
+        splits = _choose_splits(batch * key_heads, tiles.bases.shape[1], qkv.device)
     parts = Parts.empty(batch * heads, splits, head_dim, qkv.device)
     group = heads // key_heads
     _paged_decode[(batch, key_heads, splits)](
@@ -78,7 +79,7 @@ def paged_decode(
     combine(parts, out, output_format)
 
 
-def decode_splits(rows: int, tiles: int, device: torch.device) -> int:
+def _choose_splits(rows: int, tiles: int, device: torch.device) -> int:
     """How many parts to split contexts of `tiles` tiles into, for `rows` sequences · K/V heads: so
     many that all programs run at once, or, if those would be few, in three full turns."""
     if device.type != "cuda":
