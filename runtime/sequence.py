@@ -14,7 +14,7 @@ from framesink.runtime.events import EventKind
 from framesink.runtime.executors.base import SequenceInput
 from framesink.runtime.kv.positions import text_span
 from framesink.runtime.kv.sequence_cache import SequenceCache
-from framesink.runtime.kv.span import PREFIX_TURN, SpanKind, SpanPart
+from framesink.runtime.kv.span import PREFIX_TURN, Span, SpanKind, SpanPart
 from framesink.runtime.models.config import ModelConfig
 from framesink.runtime.observer import EngineObserver
 from framesink.runtime.policies import Policy, TurnProfile
@@ -76,6 +76,8 @@ class Sequence:
         self._restoring = False
         self._opened_at = time.monotonic()
         self._turn: Turn | None = None
+        self._new_spans: list[Span] = []
+        self._dropped = 0
         self._decoding = False
         self._seen: BoolArray | None = None
         self._builder = TurnBuilder(
@@ -126,11 +128,8 @@ class Sequence:
     # A turn.
 
     def begin_turn(self) -> bool:
-        """Evict and append the next turn's spans, if there is input for one; before the first turn
-        append the words said before, if there are any. Whether there was anything to append.
-
-        Raises CapacityError when the policy cannot make room.
-        """
+        """Take the input of the next turn, if there is any; before the first turn append the words
+        said before, if there are any. Whether there was anything to do."""
         if not self._started:
             self._started = True
             self._start()
@@ -143,24 +142,35 @@ class Sequence:
         notice = self._builder.notice_of_drops(turn)
         if notice is not None:
             self._events.put(notice)
-        options = self._options
-        kept = options.policy.select(self.cache.spans, turn.number, options.profile)
-        evicted = self.cache.replace(kept)
         question = given.question.tokens if given.question else ()
-        for span in self._builder.spans(turn, question):
-            self.cache.append(span)
+        self._new_spans = self._builder.spans(turn, question)
+        self._dropped = given.chunk.dropped if given.chunk else 0
         if given.chunk is not None and given.chunk.encoded:
             self.encoded(given.chunk.content)
+        return True
+
+    def make_room(self) -> None:
+        """Evict for the turn that has begun, and append its spans; nothing if that is done.
+
+        It is apart from `begin_turn` so that a GPU can encode the chunk meanwhile. Raises
+        CapacityError when the policy cannot make room.
+        """
+        spans, self._new_spans = self._new_spans, []
+        if not spans:
+            return
+        turn, options, dropped = self._current, self._options, self._dropped
+        kept = options.policy.select(self.cache.spans, turn.number, options.profile)
+        evicted = self.cache.replace(kept)
+        for span in spans:
+            self.cache.append(span)
         questions = (span for span in self.cache.spans if span.kind is SpanKind.QUESTION)
         self._source.set_context_questions(sum(len(span) for span in questions))
-        dropped = given.chunk.dropped if given.chunk else 0
         self.stats = replace(
             self.stats,
             evicted_tokens=self.stats.evicted_tokens + evicted,
             dropped_frames=self.stats.dropped_frames + dropped,
         )
         self._observer.turn_began(self.number, evicted_tokens=evicted, dropped_frames=dropped)
-        return True
 
     def encoded(self, embeddings: Float32Array) -> None:
         """The vision encoder's answer for `chunk_to_encode`: float32 `[v, hidden]`."""

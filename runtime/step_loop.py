@@ -122,6 +122,8 @@ class StepLoop:
         self.run_retirements()
         begun = [self._begin(sequence) for sequence in self._open_sequences()]
         encoded = self._encode()
+        for sequence in self._open_sequences():
+            self._make_room(sequence)
         stepped = self._step()
         return any(begun) or encoded or stepped
 
@@ -148,6 +150,12 @@ class StepLoop:
         except Exception as error:  # whatever it is, it ends this session alone
             self._fail(sequence, error_sentence("A turn could not begin", error))
             return True
+
+    def _make_room(self, sequence: Sequence) -> None:
+        try:
+            sequence.make_room()
+        except Exception as error:  # whatever it is, it ends this session alone
+            self._fail(sequence, error_sentence("A turn could not begin", error))
 
     def _encode(self) -> bool:
         """Encode the chunks whose replies are due first."""
