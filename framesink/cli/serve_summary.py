@@ -15,6 +15,9 @@ def describe_server(supervisor: Supervisor) -> str:
         steps = ", ".join(model.name for model in MODELS if model.name != STREAMING_VLM)
         models = f"{LANGUAGE_MODEL}, and {STREAMING_VLM} over {steps}"
     precisions = f"{manifest.language_model.precision}, K/V {manifest.cache_precision}"
+    pages = ""
+    if engine.num_pages:  # an executor may have a K/V cache of its own
+        pages = f", {engine.num_pages} pages of {manifest.page_size} tokens"
     rows = {
         "serving": f"{manifest.model_name} ({precisions}) of {supervisor.bundle_directory}",
         "gRPC": f"{options.address}:{options.grpc_port} ({security})",
@@ -23,8 +26,8 @@ def describe_server(supervisor: Supervisor) -> str:
         "models": models,
         "executor": engine.executor_reason,
         "limits": (
-            f"{engine.max_sessions} sessions, {engine.num_pages} pages of {manifest.page_size} "
-            f"tokens; idle {options.idle_seconds:g} s, resume {options.resume_seconds:g} s"
+            f"{engine.max_sessions} sessions{pages}; idle {options.idle_seconds:g} s, resume "
+            f"{options.resume_seconds:g} s"
         ),
     }
     return "\n".join(f"{name:<9}{value}" for name, value in rows.items())

@@ -3,11 +3,12 @@
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.executors.cuda.support import why_not_cuda
+from framesink.runtime.gpu import current_sm
 from framesink.serving.endpoints import HealthEndpoint
 from framesink.serving.errors import ServerDiedError, ServerError
 from framesink.serving.layout import DRAINING, Layout
@@ -92,8 +93,7 @@ class Launcher:
             if failure is not None:
                 raise ServerError(failure)
             if dead is not None:
-                last = " ".join(process.last_lines[-1:])
-                raise ServerDiedError(f"{dead} did not start; it last said: {last or 'nothing'}")
+                raise ServerDiedError(f"{dead} did not start: {_reason(process.last_lines)}")
             if time.monotonic() > deadline:
                 raise ServerError(
                     f"The server was not ready within {self.options.start_seconds:g} s; give it "
@@ -108,7 +108,8 @@ def needs_gpu(bundle: Bundle, options: ServeOptions) -> bool:
     """Whether the language model will run on a GPU."""
     if options.executor == "auto":
         return why_not_cuda(bundle.manifest) is None
-    return options.executor in GPU_EXECUTORS
+    # Without a GPU Triton would refuse the model; the model itself says better what is wrong.
+    return options.executor in GPU_EXECUTORS and current_sm() is not None
 
 
 def model_context(bundle: Bundle, options: ServeOptions, layout: Layout) -> ModelContext:
@@ -118,3 +119,9 @@ def model_context(bundle: Bundle, options: ServeOptions, layout: Layout) -> Mode
         run_directory=layout.run_directory.path,
         options=options,
     )
+
+
+def _reason(lines: Sequence[str]) -> str:
+    """What tells most of the last lines of a server that did not start."""
+    telling = [line for line in lines if "failed to load '" in line]
+    return (telling or list(lines) or ["it said nothing"])[-1]
