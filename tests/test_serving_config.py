@@ -71,10 +71,10 @@ def test_every_model_is_configured(bundle: Bundle) -> None:
 
 def test_sizes_come_from_the_manifest(bundle: Bundle) -> None:
     configs = configure(bundle)
-    (embeddings,) = configs["vision_encoder"].output
-    assert list(embeddings.dims) == [-1, bundle.manifest.model.text.hidden_size]
-    patches = next(t for t in configs["preprocess"].output if t.name == "PATCHES")
-    assert list(patches.dims) == [-1, bundle.manifest.preprocess.patch_dim]
+    hidden = configs["vision_encoder"].parameters["hidden"].string_value
+    assert hidden == str(bundle.manifest.model.text.hidden_size)
+    patch_dim = configs["preprocess"].parameters["patch_dim"].string_value
+    assert patch_dim == str(bundle.manifest.preprocess.patch_dim)
 
 
 def test_steps_of_the_ensemble_fit_together(bundle: Bundle) -> None:

@@ -15,6 +15,7 @@ from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelStreamInferRes
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from framesink.serving import contract
+from framesink.serving.packing import pack
 
 HEADER = ((contract.STATUS_HEADER, "true"),)
 # Without the answer by events the server ends after 7 to 800 of them.
@@ -47,8 +48,9 @@ def bad_patches() -> ModelInferRequest:
     request = ModelInferRequest(model_name=contract.VISION_ENCODER, id="1")
     patches, grid = np.zeros((1, 1176), np.float32), np.array([[1, 4, 4]], np.int32)
     for tensor, values in ((contract.PATCHES, patches), (contract.GRID, grid)):
-        request.inputs.add(name=tensor.name, datatype=tensor.data_type, shape=values.shape)
-        request.raw_input_contents.append(values.tobytes())
+        packed = pack(tensor, values)
+        request.inputs.add(name=tensor.name, datatype=tensor.wire_type, shape=packed.shape)
+        request.raw_input_contents.append(packed.tobytes())
     return request
 
 

@@ -19,6 +19,7 @@ from framesink.runtime.arrays import AnyArray, UInt8Array
 from framesink.runtime.errors import OptionError
 from framesink.runtime.events import Event, EventKind
 from framesink.serving import contract
+from framesink.serving.packing import NUMPY_TYPES, pack, unpack
 
 ParameterValue = str | int | float | bool
 
@@ -34,7 +35,6 @@ _FIELDS = {
     "number": "double_param",
     "boolean": "bool_param",
 }
-_DTYPES = {"BOOL": "?", "INT32": "i", "INT64": "l", "FP64": "d", "BYTES": "O"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,7 +128,7 @@ def encode(request: Request) -> ModelInferRequest:
     for tensor in contract.model(request.model).inputs:
         if tensor.name in tensors:
             shape, content = tensors[tensor.name]
-            message.inputs.add(name=tensor.name, datatype=tensor.data_type, shape=shape)
+            message.inputs.add(name=tensor.name, datatype=tensor.wire_type, shape=shape)
             message.raw_input_contents.append(content)
     return message
 
@@ -147,15 +147,17 @@ def _tensors(request: Request) -> dict[str, tuple[Sequence[int], bytes]]:
     passes no input on that is left out."""
     chunk = request.chunk or ChunkPayload()
     raw = np.empty((0, 0, 0, 3), np.uint8) if chunk.raw is None else chunk.raw
-    timestamps = np.asarray(chunk.timestamps, np.float64)
-    span = np.asarray(chunk.span or (), np.float64)
+    arrays: dict[contract.Tensor, AnyArray] = {
+        contract.RAW_FRAMES: raw,
+        contract.TIMESTAMPS: np.asarray(chunk.timestamps, np.float64),
+        contract.CHUNK_SPAN: np.asarray(chunk.span or (), np.float64),
+    }
+    packed = {tensor: pack(tensor, values) for tensor, values in arrays.items()}
     questions = () if request.question is None else (request.question.encode(),)
     tensors: dict[str, tuple[Sequence[int], bytes]] = {
         contract.FRAMES.name: ([len(chunk.files)], _strings(chunk.files)),
-        contract.RAW_FRAMES.name: (raw.shape, raw.tobytes()),
-        contract.TIMESTAMPS.name: (timestamps.shape, timestamps.tobytes()),
-        contract.CHUNK_SPAN.name: (span.shape, span.tobytes()),
         contract.QUESTION.name: ([len(questions)], _strings(questions)),
+        **{tensor.name: (values.shape, values.tobytes()) for tensor, values in packed.items()},
     }
     if request.model == contract.STREAMING_VLM:
         return tensors
@@ -172,11 +174,13 @@ def _event(response: ModelInferResponse) -> Event:
     def read(tensor: contract.Tensor) -> AnyArray:
         try:
             values = result.as_numpy(tensor.name)
+            if values is not None and tensor.packed:
+                values = unpack(tensor, values)
         except Exception as error:  # whatever a damaged tensor makes of the parser
             raise _violation(f"a damaged {tensor.name}") from error
         if values is None or values.ndim != 1:
             raise _violation(f"no usable {tensor.name}")
-        if values.dtype.char != _DTYPES[tensor.data_type] and values.size:
+        if values.dtype != NUMPY_TYPES[tensor.data_type] and values.size:
             raise _violation(f"a {tensor.name} of {values.dtype}")
         if isinstance(tensor.shape[0], int) and len(values) != tensor.shape[0]:
             raise _violation(f"a {tensor.name} of {len(values)} values")

@@ -29,7 +29,13 @@ HIDDEN = "hidden"
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """An input or output. A string in `shape` names a dimension that is not fixed here."""
+    """An input or output. A string in `shape` names a dimension that is not fixed here.
+
+    `packed` tensors travel as UINT8 of one dimension: every dimension as an int64, then the values,
+    all little-endian (`framesink.serving.packing`); nothing at all stands for no value. Declared
+    shapes of several free dimensions, or of elements larger than a byte, can overflow in
+    tritonserver 2.51 and end a model's process before any of its code has seen the request.
+    """
 
     name: str
     data_type: DataType
@@ -37,9 +43,22 @@ class Tensor:
     meaning: str
     optional: bool = False
 
-    def dims(self, sizes: dict[str, int]) -> tuple[int, ...]:
-        """The shape with the named dimensions of `sizes` filled in; -1 for the others."""
-        return tuple(size if isinstance(size, int) else sizes.get(size, -1) for size in self.shape)
+    @property
+    def packed(self) -> bool:
+        """Whether shape and values travel together in bytes."""
+        return self.data_type != "BYTES" and not all(isinstance(size, int) for size in self.shape)
+
+    @property
+    def wire_type(self) -> DataType:
+        """Its type as Triton knows it."""
+        return "UINT8" if self.packed else self.data_type
+
+    @property
+    def wire_dims(self) -> tuple[int, ...]:
+        """Its shape as Triton knows it; -1 for a free dimension."""
+        if self.packed:
+            return (-1,)
+        return tuple(size if isinstance(size, int) else -1 for size in self.shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ def model_configs(
         contract.HIDDEN: manifest.model.text.hidden_size,
     }
     return {
-        name: _ensemble(sizes)
+        name: _ensemble()
         if name == contract.STREAMING_VLM
         else _python_model(contract.model(name), sizes, context, gpu=gpu)
         for name in names
@@ -60,30 +60,35 @@ def config_text(config: triton.ModelConfig) -> str:
     return text
 
 
-def _base(model: contract.Model, sizes: dict[str, int]) -> triton.ModelConfig:
+def _base(model: contract.Model) -> triton.ModelConfig:
     config = triton.ModelConfig(name=model.name)
     for tensor in model.inputs:
         config.input.add(
             name=tensor.name,
             data_type=_data_type(tensor),
-            dims=tensor.dims(sizes),
+            dims=tensor.wire_dims,
             optional=tensor.optional,
         )
     for tensor in model.outputs:
-        config.output.add(name=tensor.name, data_type=_data_type(tensor), dims=tensor.dims(sizes))
+        config.output.add(name=tensor.name, data_type=_data_type(tensor), dims=tensor.wire_dims)
     return config
 
 
 def _data_type(tensor: contract.Tensor) -> "triton.DataType.ValueType":
-    name = "STRING" if tensor.data_type == "BYTES" else tensor.data_type
+    name = "STRING" if tensor.wire_type == "BYTES" else tensor.wire_type
     return triton.DataType.Value(f"TYPE_{name}")
 
 
 def _python_model(
     model: contract.Model, sizes: dict[str, int], context: ModelContext, *, gpu: bool
 ) -> triton.ModelConfig:
-    config = _base(model, sizes)
+    """`sizes` are the bundle's, of dimensions the contract names; packed shapes must have them."""
+    config = _base(model)
     config.backend = "python"
+    named = {size for tensor in (*model.inputs, *model.outputs) for size in tensor.shape}
+    for name, size in sizes.items():
+        if name in named:
+            config.parameters[name].string_value = str(size)
     config.parameters[PARAMETER].string_value = context.model_dump_json()
     group = config.instance_group.add(count=1)
     group.kind = triton.ModelInstanceGroup.KIND_CPU
@@ -109,10 +114,10 @@ def _batch_sequences(batching: triton.ModelSequenceBatching, idle_seconds: float
     )
 
 
-def _ensemble(sizes: dict[str, int]) -> triton.ModelConfig:
+def _ensemble() -> triton.ModelConfig:
     """Each step reads what the request or a step before it named so."""
     model = contract.model(contract.STREAMING_VLM)
-    config = _base(model, sizes)
+    config = _base(model)
     config.platform = "ensemble"
     known = {tensor.name: tensor.name for tensor in model.inputs}
     for name, (inputs, outputs) in _STEPS.items():

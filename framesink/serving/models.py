@@ -86,8 +86,7 @@ class PreprocessModel(StatelessModel):
         context, bundle = _prepare_process(model_config)
         self._config = bundle.manifest.preprocess
         self._limits = FrameLimits.of(context.options, bundle.manifest.limits.max_patches)
-        sizes = {contract.PATCH_DIM: self._config.patch_dim}
-        super().__init__(pb_utils, contract.PREPROCESS, sizes)
+        super().__init__(pb_utils, contract.PREPROCESS)
 
     def answer(self, raw: RawRequest) -> Mapping[contract.Tensor, Any]:
         """See StatelessModel. Frames that cannot be used are for the language model to refuse."""
@@ -123,8 +122,7 @@ class VisionEncoderModel(StatelessModel):
         self._config = manifest.preprocess
         self._max_patches = manifest.limits.max_patches
         self._encoder = create_vision_encoder(bundle, options.executor, threads=options.threads)
-        sizes = {contract.HIDDEN: manifest.model.text.hidden_size}
-        super().__init__(pb_utils, contract.VISION_ENCODER, sizes)
+        super().__init__(pb_utils, contract.VISION_ENCODER)
 
     def answer(self, raw: RawRequest) -> Mapping[contract.Tensor, Any]:
         """See StatelessModel."""
@@ -221,7 +219,7 @@ class PostprocessModel(StatelessModel):
         self._vocabulary = bundle.manifest.model.text.vocab_size
         self._tokenizer = bundle.tokenizer()
         self._replies: OrderedDict[tuple[int | str, int], Detokenizer] = OrderedDict()
-        super().__init__(pb_utils, contract.POSTPROCESS, {})
+        super().__init__(pb_utils, contract.POSTPROCESS)
 
     def answer(self, raw: RawRequest) -> Mapping[contract.Tensor, Any]:
         """See StatelessModel. What is no reply has its text already."""

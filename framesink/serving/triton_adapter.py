@@ -16,21 +16,12 @@ from framesink.runtime.events import Event, EventKind
 from framesink.serving import contract
 from framesink.serving.errors import ServingError, StatusCode
 from framesink.serving.metrics import Write
+from framesink.serving.packing import NUMPY_TYPES, pack, unpack
 from framesink.serving.requests import RawRequest
 
 NO_TURN = -1
 SEQUENCE_START = 1
 SEQUENCE_END = 2
-
-_DTYPES: Mapping[str, Any] = {
-    "BOOL": np.bool_,
-    "UINT8": np.uint8,
-    "INT32": np.int32,
-    "INT64": np.int64,
-    "FP32": np.float32,
-    "FP64": np.float64,
-    "BYTES": np.object_,
-}
 
 _log = logging.getLogger(__name__)
 
@@ -40,13 +31,16 @@ def read_raw_request(request: Any, model: str) -> RawRequest:
 
     Raises ServingError for one whose tensors cannot be read.
     """
-    names = {tensor.name for tensor in contract.model(model).inputs}
+    known = {tensor.name: tensor for tensor in contract.model(model).inputs}
+    inputs: dict[str, AnyArray] = {}
     try:
-        inputs = {
-            tensor.name(): np.array(tensor.as_numpy())
-            for tensor in request.inputs()
-            if tensor.name() in names
-        }
+        for given in request.inputs():
+            tensor = known.get(given.name())
+            if tensor is not None:
+                values = np.array(given.as_numpy())
+                inputs[tensor.name] = unpack(tensor, values) if tensor.packed else values
+    except ValueError as error:
+        raise ServingError(StatusCode.INVALID_ARGUMENT, str(error)) from error
     except Exception as error:  # damaged BYTES fail in whichever way they are damaged
         raise ServingError(
             StatusCode.INVALID_ARGUMENT, "A tensor of the request is damaged."
@@ -63,7 +57,8 @@ def read_raw_request(request: Any, model: str) -> RawRequest:
 
 def make_tensor(pb_utils: Any, tensor: contract.Tensor, values: Any) -> Any:
     """An output tensor of the contract's type."""
-    return pb_utils.Tensor(tensor.name, np.asarray(values, dtype=_DTYPES[tensor.data_type]))
+    array: AnyArray = np.asarray(values, dtype=NUMPY_TYPES[tensor.data_type])
+    return pb_utils.Tensor(tensor.name, pack(tensor, array) if tensor.packed else array)
 
 
 def event_tensors(pb_utils: Any, event: Event) -> list[Any]:
@@ -104,11 +99,10 @@ def asks_for_status(request: Any) -> bool:
 class StatelessModel(ABC):
     """A model whose requests are answered one by one, each with one response."""
 
-    def __init__(self, pb_utils: Any, name: str, sizes: Mapping[str, int]) -> None:
-        """`sizes` are those of the contract's dimensions that the bundle decides."""
+    def __init__(self, pb_utils: Any, name: str) -> None:
+        """`name` is the model's in the contract."""
         self._pb_utils = pb_utils
         self._model = contract.model(name)
-        self._sizes = dict(sizes)
 
     @abstractmethod
     def answer(self, raw: RawRequest) -> Mapping[contract.Tensor, Any]:
@@ -142,9 +136,9 @@ class StatelessModel(ABC):
         return self._pb_utils.InferenceResponse(output_tensors=tensors)
 
     def _empty(self, tensor: contract.Tensor) -> AnyArray:
-        shape = [max(0, size) for size in tensor.dims(self._sizes)]
-        dtype = _DTYPES[tensor.data_type]
-        return np.full(shape, b"" if dtype is np.object_ else 0, dtype)
+        shape = [size if isinstance(size, int) else 0 for size in tensor.shape]
+        empty = b"" if tensor.data_type == "BYTES" else 0
+        return np.full(shape, empty, NUMPY_TYPES[tensor.data_type])
 
 
 class TritonResponder:

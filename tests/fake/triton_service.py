@@ -26,9 +26,9 @@ from tritonclient.grpc.service_pb2_grpc import (
 )
 
 from framesink.serving import contract
+from framesink.serving.packing import NUMPY_TYPES, pack, unpack
 
 REPLY = (" one", " two", "")
-_NUMPY = {"BOOL": np.bool_, "INT32": np.int32, "INT64": np.int64, "FP64": np.float64}
 
 
 @dataclass
@@ -126,7 +126,7 @@ class FakeTriton(GRPCInferenceServiceServicer):
             yield _error(request, f"sequence {number} must specify the START flag")
             return
         inputs = {
-            tensor.name: raw
+            tensor.name: _values(tensor.name, raw)
             for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True)
             if raw
         }
@@ -167,6 +167,14 @@ class FakeTriton(GRPCInferenceServiceServicer):
             yield _response(request, values, final=False)
 
 
+def _values(name: str, raw: bytes) -> bytes:
+    """The values of a tensor of the language model, without the shape they are packed with."""
+    inputs = {tensor.name: tensor for tensor in contract.model(contract.STREAMING_VLM).inputs}
+    if not inputs[name].packed:
+        return raw
+    return unpack(inputs[name], np.frombuffer(raw, np.uint8)).tobytes()
+
+
 def _error(request: ModelInferRequest, sentence: str) -> ModelStreamInferResponse:
     return ModelStreamInferResponse(
         error_message=sentence, infer_response=ModelInferResponse(id=request.id)
@@ -182,10 +190,12 @@ def _response(
         if values is None or tensor.name not in values:
             continue
         content = values[tensor.name]
-        response.outputs.add(name=tensor.name, datatype=tensor.data_type, shape=[len(content)])
-        response.raw_output_contents.append(
-            b"".join(len(value).to_bytes(4, "little") + value for value in content)
-            if tensor.data_type == "BYTES"
-            else np.asarray(content, _NUMPY[tensor.data_type]).tobytes()
-        )
+        if tensor.data_type == "BYTES":
+            raw = b"".join(len(value).to_bytes(4, "little") + value for value in content)
+        else:
+            array = np.asarray(content, NUMPY_TYPES[tensor.data_type])
+            content = pack(tensor, array) if tensor.packed else array
+            raw = content.tobytes()
+        response.outputs.add(name=tensor.name, datatype=tensor.wire_type, shape=[len(content)])
+        response.raw_output_contents.append(raw)
     return ModelStreamInferResponse(infer_response=response)
