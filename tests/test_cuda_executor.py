@@ -1,7 +1,10 @@
 """The CUDA executor over plain torch on the CPU: the same words as ONNX Runtime's graphs."""
 
+import dataclasses
+from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
 from reference.dense_policies import DenseSinkWindow
 from reference.recording import RecordingExecutor
@@ -9,8 +12,16 @@ from reference.scenario import NUM_PAGES, Scenario
 
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.engine import StreamingEngine
+from framesink.runtime.errors import BundleError, CapacityError, FramesinkError
 from framesink.runtime.executors import create_executor
-from framesink.runtime.executors.base import Executor
+from framesink.runtime.executors.base import (
+    ChoosingExecutor,
+    ContextView,
+    Executor,
+    FrameEncoder,
+    SequenceInput,
+)
+from framesink.runtime.manifest import Limits
 
 torch = pytest.importorskip("torch", reason="the executor runs in torch")
 
@@ -79,3 +90,119 @@ def test_forty_chunks_with_evictions(tiny_bundle: Path) -> None:
     expected, found = RecordingExecutor(graph), RecordingExecutor(cpu_executor(bundle))
     with engine_of(bundle, expected) as reference, engine_of(bundle, found) as ours:
         assert words(ours, EVICTING, 40) == words(reference, EVICTING, 40)
+
+
+def test_sessions_together_over_frames_and_chosen_tokens(tiny_bundle: Path) -> None:
+    """The way of an engine with a GPU: frames become patches there, tokens are chosen there, and
+    prompts and replies of several sessions share steps."""
+    bundle = Bundle.open(tiny_bundle, check="sizes")
+    scenarios = [dataclasses.replace(EVICTING, seed=seed) for seed in range(3)]
+    graph, _ = create_executor(bundle, "onnxruntime", num_pages=NUM_PAGES, threads=1)
+    executor = cpu_executor(bundle)
+    assert isinstance(executor, ChoosingExecutor)
+    assert isinstance(executor, FrameEncoder)
+    said = []
+    for engine in (engine_of(bundle, graph), engine_of(bundle, executor)):
+        with engine, ExitStack() as stack:
+            sessions = [stack.enter_context(other.open_session(engine)) for other in scenarios]
+            for number in range(14):
+                for scenario, session in zip(scenarios, sessions, strict=True):
+                    session.push_chunk(scenario.chunk(number))
+                engine.run_until_idle()
+                said.append([list(session)[-1].tokens for session in sessions])
+            assert engine.stats().mean_batch > 1.2
+            assert all(session.stats().evicted_tokens > 0 for session in sessions)
+    assert said[:14] == said[14:]
+
+
+def test_a_penalty_is_applied_on_the_host(tiny_bundle: Path) -> None:
+    """Such a session is answered with logits, also beside one that is answered with tokens."""
+    bundle = Bundle.open(tiny_bundle, check="sizes")
+    penalised = dataclasses.replace(EVICTING, repetition_penalty=1.5)
+    graph, _ = create_executor(bundle, "onnxruntime", num_pages=NUM_PAGES, threads=1)
+    said = []
+    for engine in (engine_of(bundle, graph), engine_of(bundle, cpu_executor(bundle))):
+        with engine, ExitStack() as stack:
+            sessions = [
+                stack.enter_context(scenario.open_session(engine))
+                for scenario in (penalised, EVICTING)
+            ]
+            for number in range(6):
+                for session in sessions:
+                    session.push_chunk(EVICTING.chunk(number))
+                engine.run_until_idle()
+                said.append([list(session)[-1].tokens for session in sessions])
+    assert said[:6] == said[6:]
+    assert any(with_penalty != without for with_penalty, without in said)
+
+
+def test_contexts_beyond_the_tables_are_refused(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle, check="sizes")
+    executor = cpu_executor(bundle)
+    limit = 2 * bundle.manifest.limits.max_context
+    nothing = ContextView(
+        np.zeros(1, np.int32),
+        np.zeros((3, 16), np.int32),
+        np.zeros(16, np.bool_),
+        np.zeros(16, np.int32),
+        (0, 0),
+    )
+
+    def at(position: int, base: int) -> SequenceInput:
+        return SequenceInput(
+            np.array([5], np.int32),
+            None,
+            np.full((3, 1), position, np.int32),
+            np.array([16], np.int32),
+            nothing,
+            True,
+            np.array([base], np.int32),
+        )
+
+    assert executor.step([at(limit - 1, 0)])[0] is not None
+    for position, base in ((limit, 0), (10, 10 - limit)):
+        with pytest.raises(CapacityError, match="max_context"):
+            executor.step([at(position, base)])
+
+
+def test_more_sequences_than_rows_take_turns(tiny_bundle: Path) -> None:
+    """The tables hold `max_streams` contexts; the least recently used one is sent anew."""
+    bundle = Bundle.open(tiny_bundle, check="sizes")
+    manifest = bundle.manifest
+    few = Limits.model_validate({**manifest.limits.model_dump(), "max_streams": 1})
+    narrow = dataclasses.replace(bundle, manifest=manifest.model_copy(update={"limits": few}))
+    with engine_of(bundle, cpu_executor(narrow)) as ours:
+        alternating = [EVICTING.open_session(ours) for _ in range(4)]
+        found = []
+        for number in range(5):
+            for session in alternating:
+                session.push_chunk(EVICTING.chunk(number))
+                found.append(list(session)[-1].tokens)
+    with engine_of(bundle, cpu_executor(bundle)) as ours, EVICTING.open_session(ours) as session:
+        for number in range(5):
+            session.push_chunk(EVICTING.chunk(number))
+            assert found[4 * number : 4 * number + 4] == [list(session)[-1].tokens] * 4
+
+
+def test_why_the_executor_cannot_run(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle.open(tiny_bundle, check="sizes")
+    for sm, sentence in ((None, "no usable NVIDIA GPU"), ("sm75", "older than sm80")):
+        monkeypatch.setattr("framesink.runtime.executors.cuda.support.current_sm", lambda sm=sm: sm)
+        with pytest.raises(FramesinkError, match=sentence):
+            create_executor(bundle, "cuda", num_pages=8)
+        executor, reason = create_executor(bundle, num_pages=8)
+        assert sentence in reason
+        executor.close()
+
+
+def test_damaged_weights_are_refused(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle, check="sizes")
+    model = bundle.manifest.model
+    wider = dataclasses.replace(model, text=dataclasses.replace(model.text, vocab_size=601))
+    manifest = bundle.manifest.model_copy(update={"model": wider})
+    with pytest.raises(BundleError, match="does not fit the manifest"):
+        BundleWeights(dataclasses.replace(bundle, manifest=manifest), torch.device("cpu"))
+    more = dataclasses.replace(model, text=dataclasses.replace(model.text, num_hidden_layers=9))
+    manifest = bundle.manifest.model_copy(update={"model": more})
+    with pytest.raises(BundleError, match="has no weight"):
+        BundleWeights(dataclasses.replace(bundle, manifest=manifest), torch.device("cpu"))

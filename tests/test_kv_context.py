@@ -1,10 +1,13 @@
 """The executor's view of a context against a dictionary of rows."""
 
+import copy
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from framesink.runtime.arrays import Int32Array
+from framesink.runtime.executors.base import ContextView
 from framesink.runtime.kv.context import Context
 
 PAGE_SIZE = 4
@@ -37,6 +40,7 @@ def test_rows_come_and_go(data: st.DataObject) -> None:
     expected: dict[int, tuple[list[int], int]] = {}
     free = list(range(PAGE_SIZE, PAGE_SIZE * 60))
     counter = 1
+    seen: dict[tuple[int, int], ContextView] = {}
     for _ in range(data.draw(st.integers(1, 12))):
         kind = data.draw(st.sampled_from(["append", "append", "forget", "rebuild"]))
         if kind == "forget":
@@ -62,6 +66,28 @@ def test_rows_come_and_go(data: st.DataObject) -> None:
                 expected[slot] = (positions[:, index].tolist(), int(bases[index]))
             counter += count
         check(context, expected)
+        view = context.view()
+        assert view.edition is not None
+        if view.edition in seen:
+            check_kept(seen[view.edition], view)
+        # a copy: a view is valid until the next change
+        seen[view.edition] = copy.deepcopy(view)
+
+
+def check_kept(before: ContextView, after: ContextView) -> None:
+    """Every row of `before` is where it was."""
+    assert before.bases is not None
+    assert after.bases is not None
+    rows = np.flatnonzero(before.valid)
+    assert after.valid[rows].all()
+    pages = rows // PAGE_SIZE
+    np.testing.assert_array_equal(before.block_table[pages], after.block_table[pages])
+    np.testing.assert_array_equal(before.positions[:, rows], after.positions[:, rows])
+    np.testing.assert_array_equal(before.bases[rows], after.bases[rows])
+
+
+def test_contexts_have_editions_of_their_own() -> None:
+    assert Context(PAGE_SIZE).view().edition != Context(PAGE_SIZE).view().edition
 
 
 def test_pages_stand_in_the_order_they_are_read() -> None:
