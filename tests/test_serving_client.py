@@ -301,6 +301,13 @@ def test_a_server_that_is_gone_for_good(server: FakeTriton, client: Client) -> N
     session.close()
 
 
+def test_a_server_that_goes_while_nothing_is_under_way(server: FakeTriton, client: Client) -> None:
+    session = client.session(settings=SessionSettings(reconnect_seconds=0.5))
+    server.stop()
+    with pytest.raises(ServerGoneError):
+        list(session)
+
+
 def test_a_server_that_stops_answering(server: FakeTriton) -> None:
     settings = SessionSettings(reconnect_seconds=0.5, quiet_seconds=0.2)
     with connect(server.url, timeout=0.3) as impatient:

@@ -74,6 +74,8 @@ class SessionLink:
         self._late_answers = 0
         self._heard_at = self._asked_at = time.monotonic()
         self._session = ServerSession(connection, settings.model, parameters)
+        with self._lock:
+            self._open_stream()
 
     @property
     def sequence_id(self) -> int:
@@ -335,6 +337,7 @@ class SessionLink:
                 self._replies.begin_anew()
             self._heard_at = time.monotonic()
             self.flow.resume()
+            self._open_stream()
             waiting, self._waiting = self._waiting, []
             asked = [pending.request.question for pending in again + waiting]
             for text in self._unanswered if anew else ():
@@ -405,9 +408,13 @@ class SessionLink:
             pending.request, request_id=str(self._requests), sequence_id=self.sequence_id
         )
         self._pending[pending.request.request_id] = pending
+        self._open_stream().send(pending.request)
+
+    def _open_stream(self) -> RequestStream:
+        """The stream of now; the lock is held. Also without requests it tells of a server's end."""
         if self._stream is None:
             self._stream = RequestStream(self._connection, self)
-        self._stream.send(pending.request)
+        return self._stream
 
 
 def backlog(waited: float) -> BacklogError:
