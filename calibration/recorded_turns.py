@@ -172,6 +172,7 @@ def _copy(sequence: SequenceInput) -> SequenceInput:
             positions=context.positions.copy(),
             valid=context.valid.copy(),
             bases=_copied(context.bases),
+            edition=context.edition,
         ),
     )
 

@@ -15,12 +15,11 @@ pytest.importorskip("transformers", reason="the stand-in runs on transformers")
 from fake import tensorrt_llm as stand_in
 
 from framesink.runtime.errors import FramesinkError
+from framesink.runtime.executors.needs import Kind, Need
 from framesink.runtime.executors.tensorrt_llm.contract import (
     NEEDS,
     VIDEO_DATA_MODULES,
     VIDEO_DATA_PARAMETERS,
-    Kind,
-    Need,
     load_api,
 )
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import DTypeLike
 
-from framesink.runtime.arrays import AnyArray, Int32Array
+from framesink.runtime.arrays import AnyArray, BoolArray, Int32Array
 from framesink.runtime.executors.base import SequenceInput
 from framesink.runtime.models.vision_segments import MASKED
 
@@ -24,20 +24,28 @@ class PaddedGroup:
 
     `members` are their places in the step. `block_table` int32 `[B, P]` (padded with the null
     page), `context_positions` int32 `[3, B, P·page]`, `new_positions` int32 `[3, B, s]`, `last`
-    int32 `[B]`: row of each sequence's last new token. `mask` `[B, 1, s, P·page+s]`: 0 where a new
-    token may look, `MASKED` elsewhere; a row of padding sees itself, so that its softmax is finite.
-    The new rows that are no padding are `rows` (sequence and token, int `[2, T]`), and go to
-    `slots` int32 `[T]`.
+    int32 `[B]`: row of each sequence's last new token. `visible` bool `[B, P·page]`: context rows
+    that its new tokens may look at. The new rows that are no padding are `rows` (sequence and
+    token, int `[2, T]`), and go to `slots` int32 `[T]`.
     """
 
     members: tuple[int, ...]
     block_table: Int32Array
     context_positions: Int32Array
     new_positions: Int32Array
-    mask: AnyArray
+    visible: BoolArray
     last: Int32Array
     rows: tuple[AnyArray, AnyArray]
     slots: Int32Array
+
+    def mask(self, dtype: DTypeLike) -> AnyArray:
+        """`[B, 1, s, P·page+s]`: 0 where a new token may look, `MASKED` elsewhere; a row of padding
+        sees itself, so that its softmax is finite."""
+        (count, context), new = self.visible.shape, self.new_positions.shape[2]
+        mask: AnyArray = np.empty((count, 1, new, context + new), dtype)
+        mask[..., :context] = np.where(self.visible[:, None, None], 0.0, MASKED)
+        mask[..., context:] = np.where(np.tri(new, dtype=np.bool_), 0.0, MASKED)
+        return mask
 
 
 def group_by_size(batch: Sequence[SequenceInput], page_size: int) -> Iterator[tuple[int, ...]]:
@@ -69,34 +77,31 @@ def _fits_together(sizes: Sequence[tuple[int, int]]) -> bool:
 
 
 def pad_group(
-    batch: Sequence[SequenceInput], members: tuple[int, ...], page_size: int, dtype: DTypeLike
+    batch: Sequence[SequenceInput], members: tuple[int, ...], page_size: int, *, pages: int = 1
 ) -> PaddedGroup:
-    """Lay out the sequences of one group; `dtype` is that of the mask."""
+    """Lay out the sequences of one group over at least `pages` pages."""
     sequences = [batch[place] for place in members]
     lengths = np.array([len(sequence.token_ids) for sequence in sequences], np.int32)
     count, new = len(sequences), int(lengths.max())
-    pages = max(len(sequence.context.block_table) for sequence in sequences)
+    pages = max(pages, *(len(sequence.context.block_table) for sequence in sequences))
     context = pages * page_size
 
     block_table = np.full((count, pages), NULL_PAGE, np.int32)
     context_positions = np.zeros((3, count, context), np.int32)
     new_positions = np.zeros((3, count, new), np.int32)
-    visible = np.zeros((count, 1, 1, context), np.bool_)
+    visible = np.zeros((count, context), np.bool_)
     for row, sequence in enumerate(sequences):
         view = sequence.context
         block_table[row, : len(view.block_table)] = view.block_table
         context_positions[:, row, : view.positions.shape[1]] = view.positions
         new_positions[:, row, : lengths[row]] = sequence.positions
-        visible[row, 0, 0, : len(view.valid)] = view.valid
-    mask = np.empty((count, 1, new, context + new), dtype)
-    mask[..., :context] = np.where(visible, 0.0, MASKED)
-    mask[..., context:] = np.where(np.tri(new, dtype=np.bool_), 0.0, MASKED)
+        visible[row, : len(view.valid)] = view.valid
     return PaddedGroup(
         members=members,
         block_table=block_table,
         context_positions=context_positions,
         new_positions=new_positions,
-        mask=mask,
+        visible=visible,
         last=lengths - 1,
         rows=(
             np.repeat(np.arange(count), lengths),

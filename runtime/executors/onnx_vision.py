@@ -9,13 +9,9 @@ import numpy as np
 from framesink.runtime.arrays import AnyArray, Float32Array
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.executors.onnx_graph import input_dtype, load_graph
+from framesink.runtime.executors.vision_layout import CACHED_GRIDS, vision_layout
 from framesink.runtime.models.config import ModelConfig
-from framesink.runtime.models.vision_segments import frame_segments, window_segments
 from framesink.runtime.preprocess import Grid
-from framesink.runtime.rope import vision_rotary
-
-# A live session has one grid, and another after a change of resolution.
-CACHED_GRIDS = 16
 
 
 class OnnxVisionEncoder:
@@ -44,15 +40,7 @@ class OnnxVisionEncoder:
         return np.asarray(embeddings, np.float32)
 
     def _make_layout(self, grid: Grid) -> dict[str, AnyArray]:
-        """The inputs of the vision encoder that depend on the grid alone."""
-        config, dtype = self._config, self._dtype
-        cos, sin = vision_rotary([grid], config, dtype)
-        layout = {"cos": cos, "sin": sin}
-        segments = {"window": window_segments([grid], config), "frame": frame_segments([grid])}
-        for kind, segment in segments.items():
-            layout[f"{kind}_index"] = segment.index
-            layout[f"{kind}_inverse"] = segment.inverse
-            layout[f"{kind}_mask"] = segment.mask.astype(dtype)
+        layout = vision_layout(grid, self._config, self._dtype)
         return {name: array for name, array in layout.items() if name in self._inputs}
 
     def close(self) -> None:

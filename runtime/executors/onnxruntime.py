@@ -15,13 +15,13 @@ import psutil
 
 from framesink.runtime.arrays import AnyArray, Float32Array
 from framesink.runtime.bundle import Bundle
-from framesink.runtime.errors import BundleError, CapacityError
+from framesink.runtime.errors import CapacityError
 from framesink.runtime.executors.base import SequenceInput
 from framesink.runtime.executors.batching import PaddedGroup, group_by_size, pad_group
+from framesink.runtime.executors.embedding import find_embedding
 from framesink.runtime.executors.onnx_graph import input_dtype, load_graph
 from framesink.runtime.executors.onnx_vision import OnnxVisionEncoder
 from framesink.runtime.models.config import ModelConfig
-from framesink.runtime.models.safetensors import read_header, read_tensor
 from framesink.runtime.preprocess import Grid
 from framesink.runtime.rope import MRopeTable
 
@@ -70,7 +70,7 @@ class OnnxRuntimeExecutor:
             manifest.model,
             language_model=bundle.path(manifest.language_model.executed.path),
             vision_encoder=bundle.path(manifest.vision_encoder.executed.path),
-            embedding=_find_embedding(bundle),
+            embedding=find_embedding(bundle),
             num_pages=num_pages,
             threads=threads,
         )
@@ -89,7 +89,7 @@ class OnnxRuntimeExecutor:
         """Run one in-flight batch, in groups of like size; see `Executor.step`."""
         results: list[Float32Array | None] = [None] * len(batch)
         for members in group_by_size(batch, self.page_size):
-            group = pad_group(batch, members, self.page_size, self._dtype)
+            group = pad_group(batch, members, self.page_size)
             logits = self._run(group, [batch[place] for place in members])
             for place, row in zip(members, logits, strict=True):
                 if batch[place].needs_logits:
@@ -105,7 +105,7 @@ class OnnxRuntimeExecutor:
             "sin_new": sin_new,
             "cos_ctx": cos_context,
             "sin_ctx": sin_context,
-            "mask": group.mask,
+            "mask": group.mask(self._dtype),
             "block_table": group.block_table,
             "last": group.last,
         }
@@ -160,15 +160,3 @@ def _allocate_pools(session: onnxruntime.InferenceSession, num_pages: int) -> di
             "are available; ask for fewer sessions or a shorter context."
         )
     return {name: np.zeros(shapes[name], dtypes[name]) for name in shapes}
-
-
-def _find_embedding(bundle: Bundle) -> AnyArray:
-    """The token embedding `[vocab, hidden]`, memory-mapped from the bundle's weights."""
-    name = bundle.manifest.embedding_tensor
-    for file in bundle.manifest.weights:
-        tensors = read_header(bundle.path(file))
-        if name in tensors:
-            return read_tensor(tensors[name])
-    raise BundleError(
-        f"The bundle {bundle.directory} has no token embedding {name}; build it again."
-    )

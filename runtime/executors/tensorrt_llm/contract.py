@@ -4,18 +4,17 @@ TensorRT-LLM changes between minor versions, loads for minutes, and prints while
 everything that is used is looked for at once, before a model is loaded.
 """
 
-import inspect
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from enum import StrEnum
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Any
 
 from framesink.runtime.errors import FramesinkError
+from framesink.runtime.executors.needs import Kind, Need, missing_names, names_of
 
 PACKAGE = "tensorrt_llm"
 SUPPORTED_VERSIONS = "1.2.x"
@@ -25,26 +24,6 @@ INSTALL_HINT = (
 )
 # Where `VideoData` is, in 1.2 and later.
 VIDEO_DATA_MODULES = ("tensorrt_llm.inputs.utils", "tensorrt_llm.inputs.multimodal_data")
-
-
-class Kind(StrEnum):
-    """What the names of a need are to their owner."""
-
-    ATTRIBUTES = "attributes"
-    FIELDS = "fields"
-    PARAMETERS = "parameters"
-
-
-@dataclass(frozen=True, slots=True)
-class Need:
-    """Names that `owner`, an attribute path in `module`, must have. Fields are those of a pydantic
-    model, parameters those of a call."""
-
-    module: str
-    owner: str
-    kind: Kind
-    names: tuple[str, ...]
-
 
 NEEDS = (
     Need(
@@ -157,11 +136,11 @@ def load_api() -> Api:
         ) from error
     version = str(getattr(package, "__version__", version))
     video_data = _find_video_data()
-    missing = [name for need in NEEDS for name in _missing(need)]
+    missing = [name for need in NEEDS for name in missing_names(need)]
     if video_data is None:
         missing.append(" or ".join(f"{module}.VideoData" for module in VIDEO_DATA_MODULES))
     else:
-        have = _names(video_data, Kind.PARAMETERS)
+        have = names_of(video_data, Kind.PARAMETERS)
         missing += [f"VideoData({name})" for name in VIDEO_DATA_PARAMETERS if name not in have]
     if missing:
         raise FramesinkError(
@@ -197,30 +176,3 @@ def _find_video_data() -> Any | None:
         except (ImportError, AttributeError):
             continue
     return None
-
-
-def _missing(need: Need) -> list[str]:
-    """What an installed package lacks of a need, each named as a person would."""
-    path = f"{need.module}.{need.owner}"
-    try:
-        owner: Any = import_module(need.module)
-        for part in need.owner.split("."):
-            owner = getattr(owner, part)
-    except (ImportError, AttributeError):
-        return [path]
-    have = _names(owner, need.kind)
-    lacking = [name for name in need.names if name not in have]
-    if need.kind is Kind.PARAMETERS:
-        return [f"{need.owner}({name})" for name in lacking]
-    return [f"{need.owner}.{name}" for name in lacking]
-
-
-def _names(owner: Any, kind: Kind) -> set[str]:
-    match kind:
-        case Kind.FIELDS:
-            return set(getattr(owner, "model_fields", ()))
-        case Kind.PARAMETERS:
-            return set(inspect.signature(owner).parameters)
-        case Kind.ATTRIBUTES:
-            # Fields without a default are no attributes of their class.
-            return {*dir(owner), *inspect.get_annotations(owner)}
