@@ -21,7 +21,10 @@ from framesink.runtime.executors.base import (
     FrameEncoder,
     SequenceInput,
 )
+from framesink.runtime.executors.cuda.support import why_not_cuda
 from framesink.runtime.manifest import Limits
+from framesink.runtime.models.quantization import LinearScheme
+from framesink.runtime.preprocess import patchify
 
 torch = pytest.importorskip("torch", reason="the executor runs in torch")
 
@@ -49,6 +52,7 @@ def cpu_executor(bundle: Bundle, **options: object) -> CudaExecutor:
         "num_pages": NUM_PAGES,
         "page_size": manifest.page_size,
         "dtype": torch.float32,
+        "vision_dtype": torch.float32,
         "device": torch.device("cpu"),
         "operations": plain_kernels,
         **options,
@@ -113,6 +117,18 @@ def test_sessions_together_over_frames_and_chosen_tokens(tiny_bundle: Path) -> N
             assert engine.stats().mean_batch > 1.2
             assert all(session.stats().evicted_tokens > 0 for session in sessions)
     assert said[:14] == said[14:]
+
+
+def test_each_part_has_its_own_type(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle, check="sizes")
+    patches, grid = patchify(EVICTING.frames(0), bundle.manifest.preprocess)
+    whole, half = cpu_executor(bundle), cpu_executor(bundle, vision_dtype=torch.bfloat16)
+    expected, found = (executor.encode_vision(patches, grid) for executor in (whole, half))
+    assert (expected.dtype, found.dtype) == (torch.float32, torch.bfloat16)
+    assert 0 < (found - expected).norm() / expected.norm() < 0.05
+    with engine_of(bundle, half) as engine, EVICTING.open_session(engine) as session:
+        session.push_chunk(EVICTING.chunk(0))
+        assert list(session)[-1].tokens
 
 
 def test_a_penalty_is_applied_on_the_host(tiny_bundle: Path) -> None:
@@ -193,6 +209,15 @@ def test_why_the_executor_cannot_run(tiny_bundle: Path, monkeypatch: pytest.Monk
         executor, reason = create_executor(bundle, num_pages=8)
         assert sentence in reason
         executor.close()
+
+
+def test_fp8_needs_a_gpu_that_has_it(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = Bundle.open(tiny_bundle, check="sizes").manifest
+    part = manifest.language_model.model_copy(update={"linears": {LinearScheme.FP8: 21}})
+    quantized = manifest.model_copy(update={"language_model": part})
+    monkeypatch.setattr("framesink.runtime.executors.cuda.support.current_sm", lambda: "sm86")
+    assert "FP8 needs sm89" in (why_not_cuda(quantized) or "")
+    assert "FP8" not in (why_not_cuda(manifest) or "")
 
 
 def test_damaged_weights_are_refused(tiny_bundle: Path) -> None:

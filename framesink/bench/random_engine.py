@@ -96,6 +96,7 @@ def open_random_engine(
         num_pages=sessions * (MAX_CONTEXT // PAGE_SIZE) + 1,
         page_size=PAGE_SIZE,
         dtype=DTYPE,
+        vision_dtype=DTYPE,
         device=device,
         operations=kernel_operations,
     )

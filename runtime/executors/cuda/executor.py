@@ -63,25 +63,29 @@ class CudaExecutor:
         num_pages: int,
         page_size: int,
         dtype: torch.dtype,
+        vision_dtype: torch.dtype,
         device: torch.device,
         operations: Operations,
     ) -> None:
-        """`dtype` is the compute type and that of the pages; `operations` are the kernels.
+        """`dtype` is the language model's compute type and that of the pages, `vision_dtype` the
+        vision encoder's; `operations` are the kernels.
 
         Raises CapacityError if weights or pages do not fit into the GPU's memory.
         """
         self.num_pages = num_pages
         self.page_size = page_size
-        self._config = config
-        self._dtype = dtype
+        self._vision_dtype = vision_dtype
         self._device = device
         self._clock = GpuClock() if device.type == "cuda" else None
         self._beside = SideStream(device)
-        self._patchifier = Patchifier(preprocess, dtype, device)
+        self._patchifier = Patchifier(preprocess, vision_dtype, device)
         layers = Layers(operations, dtype)
         with torch.no_grad():
             self._vision = VisionEncoder(
-                config.vision, load_vision_encoder(weights, config.vision, dtype), layers, device
+                config.vision,
+                load_vision_encoder(weights, config.vision, vision_dtype),
+                Layers(operations, vision_dtype),
+                device,
             )
             model_weights = load_language_model(weights, config.text, dtype)
             self._check_memory(num_pages * page_bytes(config, page_size, dtype))
@@ -140,6 +144,7 @@ class CudaExecutor:
             num_pages=num_pages,
             page_size=manifest.page_size,
             dtype=getattr(torch, manifest.language_model.compiled.compute_type),
+            vision_dtype=getattr(torch, manifest.vision_encoder.compiled.compute_type),
             device=device,
             operations=kernel_operations,
         )
@@ -149,7 +154,7 @@ class CudaExecutor:
         on the GPU, in the compute type."""
 
         def encode() -> Tensor:
-            moved = torch.from_numpy(patches).to(self._device, self._dtype)
+            moved = torch.from_numpy(patches).to(self._device, self._vision_dtype)
             return self._vision.encode(moved, grid)
 
         return self._encode(encode)

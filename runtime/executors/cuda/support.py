@@ -4,9 +4,11 @@ from importlib.util import find_spec
 
 from framesink.runtime.gpu import current_sm
 from framesink.runtime.manifest import Manifest
+from framesink.runtime.models.quantization import LinearScheme
 
 # Triton's kernels here want bf16 products and asynchronous copies.
 MIN_SM = 80
+MIN_SM_FP8 = 89
 MIN_HEAD_DIM = 32
 
 
@@ -17,6 +19,11 @@ def why_not_cuda(manifest: Manifest) -> str | None:
         return "this machine has no usable NVIDIA GPU"
     if int(sm.removeprefix("sm")) < MIN_SM:
         return f"the GPU here is of {sm}, older than sm{MIN_SM}"
+    parts = (manifest.language_model, manifest.vision_encoder)
+    if int(sm.removeprefix("sm")) < MIN_SM_FP8 and any(
+        LinearScheme.FP8 in p.linears for p in parts
+    ):
+        return f"the GPU here is of {sm}, and FP8 needs sm{MIN_SM_FP8}; build with int8"
     missing = [name for name in ("torch", "triton") if find_spec(name) is None]
     if missing:
         return f"{' and '.join(missing)} is not installed; install framesink[cuda]"
