@@ -219,10 +219,12 @@ class SessionLink:
             self._stream = None
             cause, self._cause = self._cause or error, None
             lost = self._take_pending()
-            if self._finished:
-                self.flow.end()
-                return
-            self.flow.pause()
+            finished = self._finished
+            if not finished:
+                self.flow.pause()
+        if finished:
+            self._give_up(lost)
+            return
         now = time.monotonic()
         try:
             if self.settings.reconnect_seconds <= 0 or isinstance(cause, ResponseError):
@@ -251,10 +253,10 @@ class SessionLink:
             return
         with self._lock:
             self._settle(pending.request.question)
-            if pending.request.chunk is None:
-                notice = self._replies.notice(error.sentence)
-            else:
+            if pending.holds_place:
                 notice = self._replies.lost(pending, error.sentence)
+            else:
+                notice = self._replies.notice(error.sentence)
         self.flow.put(notice, returns_place=pending.holds_place)
 
     def _end(self) -> None:
@@ -277,11 +279,11 @@ class SessionLink:
             stream = self._stream
             oldest = min((pending.sent_at for pending in self._pending.values()), default=now)
             silent = now - max(oldest, self._heard_at)
-            finished = self._finished
-        if stream is None or silent < self.settings.quiet_seconds:
-            return
-        if finished:
-            self._give_up()
+            if stream is None or silent < self.settings.quiet_seconds:
+                return
+            lost = self._take_pending() if self._finished else None
+        if lost is not None:
+            self._give_up(lost)
             return
         if not self._probing.acquire(blocking=False):
             return
@@ -302,18 +304,18 @@ class SessionLink:
             self._late_answers += 1
             if error.code == "DEADLINE_EXCEEDED" and self._late_answers < _LATE_ANSWERS:
                 return
+            self._late_answers = 0
             with self._lock:
-                self._late_answers = 0
-                self._cause = error
+                if stream is self._stream:
+                    self._cause = error
             stream.cancel()
         finally:
             self._probing.release()
 
-    def _give_up(self) -> None:
+    def _give_up(self, lost: list[Pending]) -> None:
         """The session is finished on the server; replies that have not come will not."""
         with self._lock:
-            lost = [p for p in self._take_pending() if p.holds_place]
-            notices = [self._replies.lost(pending, LOST_REPLY) for pending in lost]
+            notices = [self._replies.lost(p, LOST_REPLY) for p in lost if p.holds_place]
         for notice in notices:
             self.flow.put(notice, returns_place=True)
         self._end()
