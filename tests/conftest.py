@@ -85,6 +85,27 @@ def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def carrying_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The engine bundle of the demo model, in float32, with a checkpoint for TensorRT-LLM."""
+    from framesink.build.options import BuildOptions
+    from framesink.build.pipeline import build_bundle
+    from framesink.build.reporter import SilentReporter
+
+    model = Path(__file__).parents[1] / "demo" / "model"
+    output = tmp_path_factory.mktemp("carrying") / "bundle"
+    options = BuildOptions(
+        model,
+        output,
+        plans=False,
+        executed_type="float32",
+        max_streams=16,
+        with_checkpoint=True,
+    )
+    build_bundle(options, SilentReporter())
+    return output
+
+
+@pytest.fixture(scope="session")
 def demo_server(demo_bundle: Path) -> "Iterator[RunningServer]":
     """A Triton Inference Server with the demo bundle. Tests that end it start their own."""
     pytest.importorskip("pytriton", reason="nvidia-pytriton carries the server")
