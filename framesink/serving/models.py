@@ -34,7 +34,6 @@ from framesink.serving.requests import (
     read_grid,
     read_times,
     require_timestamps,
-    write_refusal,
 )
 from framesink.serving.run_directory import EngineReport, RunDirectory
 from framesink.serving.session_host import SessionHost
@@ -89,13 +88,7 @@ class PreprocessModel(StatelessModel):
         super().__init__(pb_utils, contract.PREPROCESS)
 
     def answer(self, raw: RawRequest) -> Mapping[contract.Tensor, Any]:
-        """See StatelessModel. Frames that cannot be used are for the language model to refuse."""
-        try:
-            return self._preprocess(raw)
-        except ServingError as error:
-            return {contract.REFUSAL: [write_refusal(error)]}
-
-    def _preprocess(self, raw: RawRequest) -> Mapping[contract.Tensor, Any]:
+        """See StatelessModel."""
         if not has_frames(raw.inputs):
             return {}
         times, timestamps = read_times(raw.inputs)

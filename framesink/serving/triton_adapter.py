@@ -17,7 +17,7 @@ from framesink.serving import contract
 from framesink.serving.errors import ServingError, StatusCode
 from framesink.serving.metrics import Write
 from framesink.serving.packing import NUMPY_TYPES, pack, unpack
-from framesink.serving.requests import RawRequest
+from framesink.serving.requests import RawRequest, write_refusal
 
 NO_TURN = -1
 SEQUENCE_START = 1
@@ -97,7 +97,10 @@ def asks_for_status(request: Any) -> bool:
 
 
 class StatelessModel(ABC):
-    """A model whose requests are answered one by one, each with one response."""
+    """A model whose requests are answered one by one, each with one response.
+
+    One with REFUSAL among its outputs leaves it to the model after it to refuse.
+    """
 
     def __init__(self, pb_utils: Any, name: str) -> None:
         """`name` is the model's in the contract."""
@@ -122,6 +125,8 @@ class StatelessModel(ABC):
             _log.exception("A request of %s could not be answered", self._model.name)
             sentence = f"The request could not be answered ({type(error).__name__})."
             refusal = ServingError(StatusCode.INTERNAL, sentence)
+        if contract.REFUSAL in self._model.outputs:
+            return self._response({contract.REFUSAL: [write_refusal(refusal)]})
         if asks_for_status(request):
             return self._response({})
         triton_error = make_error(self._pb_utils, refusal.code, str(refusal))
