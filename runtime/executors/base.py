@@ -61,7 +61,11 @@ class VisionEncoder(Protocol):
     """Runs the vision encoder. Used from one thread only."""
 
     def encode_vision(self, patches: Float32Array, grid: Grid) -> Float32Array:
-        """Patches float32 `[t·h·w, patch_dim]` to embeddings float32 `[t·h·w / merge², hidden]`."""
+        """Patches float32 `[t·h·w, patch_dim]` to embeddings float32 `[t·h·w / merge², hidden]`.
+
+        An executor may answer with an array of its own device and type, which can be sliced and
+        given to its `step`, and is nobody else's business.
+        """
         ...
 
     def close(self) -> None:
