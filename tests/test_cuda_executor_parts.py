@@ -18,7 +18,11 @@ from framesink.build.random_checkpoint import (  # noqa: E402
     write_random_description,
 )
 from framesink.calibration.formats import pack_int4  # noqa: E402
+from framesink.runtime.errors import CapacityError  # noqa: E402
+from framesink.runtime.executors.base import ContextView, SequenceInput  # noqa: E402
+from framesink.runtime.executors.cuda.context_tables import ContextTables  # noqa: E402
 from framesink.runtime.executors.cuda.patches import Patchifier  # noqa: E402
+from framesink.runtime.executors.cuda.staging import Staging  # noqa: E402
 from framesink.runtime.executors.cuda.token_choice import NOT_FINITE, TokenChooser  # noqa: E402
 from framesink.runtime.executors.cuda.weights import (  # noqa: E402
     INNER_MULTIPLE,
@@ -58,6 +62,65 @@ def test_tokens_are_those_of_the_sampler() -> None:
     logits[5, 20], logits[9, 2] = np.nan, np.inf
     found = chooser.choose(torch.from_numpy(logits)).tolist()
     assert [row for row, token in enumerate(found) if token == NOT_FINITE] == [5, 9]
+
+
+def _view(rows: int, changes: int) -> ContextView:
+    """A context of `rows` rows, each of a base of its own, from page 1 on."""
+    pages = -(-max(rows, 1) // 16)
+    valid = np.arange(pages * 16) < rows
+    positions = np.tile(np.arange(pages * 16, dtype=np.int32), (3, 1))
+    table = np.arange(1, pages + 1, dtype=np.int32)
+    return ContextView(
+        table, positions, valid, -np.arange(pages * 16, dtype=np.int32), (7, changes)
+    )
+
+
+def _row(slot: int, base: int, context: ContextView) -> SequenceInput:
+    one = np.array([slot], np.int32)
+    return SequenceInput(one, None, np.zeros((3, 1), np.int32), one, context, True, one * 0 + base)
+
+
+def test_a_context_of_too_many_bases_is_refused() -> None:
+    tables = ContextTables(rows=2, tiles=5, page_size=16, device=CPU)
+    tracked = tables.track(_view(4, 0), in_use=())
+    assert tables.add_row(tracked, _row(20, -2, _view(4, 0))) < 4  # of a base that has a tile
+    assert tables.add_row(tracked, _row(21, -90, _view(4, 0))) == 4
+    with pytest.raises(CapacityError, match="6 tiles"):
+        tables.add_row(tracked, _row(22, -91, _view(4, 0)))
+
+
+def test_a_list_is_sent_anew_only_when_it_has_to_be() -> None:
+    tables = ContextTables(rows=2, tiles=32, page_size=16, device=CPU)
+    staging = Staging(4096, CPU)
+    tracked = tables.track(_view(20, 0), in_use=())
+    pending = tables.send(tracked, staging)
+    staging.send()
+    tables.store(pending)
+    sent = tables.read(torch.tensor([tracked.row]))
+    assert sent.counts.tolist() == [20]
+    assert sorted(sent.bases[0, :20].tolist()) == list(range(-19, 1))
+    tables.add_row(tracked, _row(36, -20, _view(20, 0)))
+    again = tables.track(_view(21, 0), in_use=())
+    assert again is tracked
+    assert again.sent
+    # rows it does not know of, or another edition
+    assert not tables.track(_view(23, 0), in_use=()).sent
+    tracked.sent = True
+    assert not tables.track(_view(23, 1), in_use=()).sent
+
+
+def test_staging_is_bounded_and_keeps_what_is_reserved() -> None:
+    staging = Staging(10, CPU)
+    array, reserved = staging.reserve(4)
+    for step in range(3):
+        staging.clear()
+        array[:] = step
+        values = staging.put(np.full((2, 3), -step, np.int32))
+        staging.send()
+        assert reserved.tolist() == [step] * 4
+        assert values.tolist() == [[-step] * 3] * 2
+    with pytest.raises(CapacityError, match="10 integers"):
+        staging.put(np.zeros(1, np.int32))
 
 
 class _Weights:

@@ -38,8 +38,9 @@ from framesink.runtime.preprocess import Grid, PreprocessConfig
 # A shared prefix takes part in a step beside the streams.
 PREFIXES = 1
 # Integers of one sequence in a step, beside its new tokens' and its tiles'.
-_SEQUENCE_INTEGERS = 64
+_SEQUENCE_INTEGERS = 128
 _TOKEN_INTEGERS = 8
+_WORDS_PER_BASE = 8
 # Free memory that is left to activations.
 _HEADROOM_BYTES = 2 << 30
 
@@ -106,8 +107,9 @@ class CudaExecutor:
                 page_size=page_size,
             )
             largest = limits.max_streams + PREFIXES
-            # Every base has a tile that is not full; there are far fewer bases than pages.
-            tiles = -(-limits.max_context // page_size)
+            # Every base has a tile that is not full, and every reply moved to `previous text`
+            # has its own base: room for replies of a few words.
+            tiles = -(-limits.max_context // TILE_ROWS) + limits.max_context // _WORDS_PER_BASE
             self._tables = ContextTables(largest, tiles, page_size, device)
             self._staging = Staging(
                 largest * (_SEQUENCE_INTEGERS + tiles * (1 + TILE_ROWS))
