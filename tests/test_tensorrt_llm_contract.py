@@ -3,9 +3,12 @@
 import inspect
 import json
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ import pytest
 pytest.importorskip("transformers", reason="the stand-in runs on transformers")
 
 from fake import tensorrt_llm as stand_in
+from fake.engine import LIMITS, make_frames, make_protocol
 
 from framesink.runtime.errors import FramesinkError
 from framesink.runtime.executors.needs import Kind, Need
@@ -20,8 +24,14 @@ from framesink.runtime.executors.tensorrt_llm.contract import (
     NEEDS,
     VIDEO_DATA_MODULES,
     VIDEO_DATA_PARAMETERS,
+    Api,
     load_api,
 )
+from framesink.runtime.executors.tensorrt_llm.executor import TensorRTLLMExecutor, load_llm
+from framesink.runtime.executors.tensorrt_llm.options import TensorRTLLMOptions
+from framesink.runtime.prompting.executor import ReplyRequest
+from framesink.runtime.prompting.prompt import Prompt, Video
+from framesink.runtime.sampler import SamplingParams
 
 RECORDED: dict[str, dict[str, list[str]]] = json.loads(
     (Path(__file__).parent / "reference" / "tensorrt_llm_api.json").read_text()
@@ -146,3 +156,99 @@ def test_one_that_cannot_be_imported_is_a_sentence(
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(FramesinkError, match=r"cannot be imported here \(OSError: libcuda"):
         load_api()
+
+
+class Only:
+    """Another object, of which only some attributes may be used; `used` gets those that were."""
+
+    def __init__(self, target: Any, names: set[str], used: set[str]) -> None:
+        self._target, self._names, self._used = target, names, used
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._names:
+            raise AttributeError(name)
+        self._used.add(name)
+        return getattr(self._target, name)
+
+
+class OnlyOutput(Only):
+    """A request's output, which goes through its tokens one by one."""
+
+    def __iter__(self) -> Iterator["OnlyOutput"]:
+        self._used.update(("__iter__", "__next__"))
+        assert self._target.wait(60.0)
+        for token in (1, 2, 3):
+            self._target.outputs[0]._target.token_ids.append(token)
+            yield self
+        self._target.outputs[0]._target.finish_reason = "length"
+        yield self
+
+
+def test_nothing_else_is_used() -> None:
+    """A whole life of the executor over objects that refuse every name that is not looked for; and
+    every name that is looked for is used."""
+    needed = {(need.owner, need.kind): set(need.names) for need in NEEDS}
+    used: dict[tuple[str, Kind], set[str]] = {key: set() for key in needed}
+
+    def call(*keys: tuple[str, Kind], gives: Callable[..., Any]) -> Callable[..., Any]:
+        def check(**given: Any) -> Any:
+            assert set(given) <= set().union(*(needed[key] for key in keys))
+            for key in keys:
+                used[key].update(given.keys() & needed[key])
+            return gives(**given)
+
+        return check
+
+    def only(owner: str, target: Any, kind: type[Only] = Only) -> Only:
+        key = (owner, Kind.ATTRIBUTES)
+        return kind(target, needed[key], used[key])
+
+    aborted: list[bool] = []
+    go = threading.Event()
+    go.set()
+
+    def generate(**given: Any) -> Only:
+        (shown,) = given["inputs"]["multi_modal_data"]["video"]
+        assert shown.keys() == set(VIDEO_DATA_PARAMETERS)
+        completion = only("CompletionOutput", SimpleNamespace(token_ids=[], finish_reason=None))
+        output = SimpleNamespace(
+            outputs=[completion],
+            prompt_token_ids=[0] * 9,
+            abort=lambda: aborted.append(True),
+            wait=go.wait,
+        )
+        return only("RequestOutput", output, OnlyOutput)
+
+    llm = SimpleNamespace(
+        generate_async=call(("LLM.generate_async", Kind.PARAMETERS), gives=generate),
+        shutdown=lambda: None,
+    )
+    parameters = Kind.PARAMETERS
+    api = Api(
+        version="1.2.0",
+        llm=call(
+            ("LLM", parameters), ("TorchLlmArgs", Kind.FIELDS), gives=lambda **_: only("LLM", llm)
+        ),
+        sampling_params=call(("SamplingParams", parameters), gives=dict),
+        kv_cache_config=call(("KvCacheConfig", Kind.FIELDS), gives=dict),
+        video_data=dict,
+    )
+    options, protocol = TensorRTLLMOptions(), make_protocol()
+    loaded = load_llm(api, Path("checkpoint"), options, LIMITS, 4)
+    executor = TensorRTLLMExecutor(api, loaded, options, protocol)
+    video = Video(make_frames(0), 2.0, 2)
+    prompt = Prompt("<|video_pad|>", (protocol.video_pad,), (video,))
+    for sampling in (SamplingParams(), SamplingParams(0.9, 40, 0.8, 1.1, 7)):
+        request = ReplyRequest("session", prompt, sampling, 3, protocol.stop_tokens)
+        generation = executor.generate(request, lambda: None)
+        assert generation.wait(60.0)
+        assert (generation.take(), generation.failure) == ([1, 2, 3], None)
+        assert generation.prompt_tokens == 9
+    go.clear()
+    generation = executor.generate(request, lambda: None)
+    generation.cancel()
+    go.set()
+    assert generation.wait(60.0)
+    executor.close()
+    assert aborted == [True]
+    assert used == needed

@@ -37,6 +37,8 @@ from framesink.runtime.prompting.prompt import Prompt, Video
 from framesink.runtime.protocol import ChatProtocol
 from framesink.runtime.sampler import SamplingParams
 
+SHUTDOWN_SECONDS = 60.0
+
 _log = logging.getLogger(__name__)
 
 
@@ -81,7 +83,7 @@ class TensorRTLLMExecutor:
         protocol = bundle.protocol()
         try:
             with stdout_to_stderr():
-                llm = _load(api, checkpoint, options, bundle.manifest.limits, max_sessions)
+                llm = load_llm(api, checkpoint, options, bundle.manifest.limits, max_sessions)
         except Exception as error:  # whatever the model, the driver or the memory did
             raise FramesinkError(
                 f"tensorrt_llm {api.version} could not load {checkpoint} ({type(error).__name__}: "
@@ -133,10 +135,17 @@ class TensorRTLLMExecutor:
             )
 
     def close(self) -> None:
-        """See PromptExecutor."""
+        """See PromptExecutor. A TensorRT-LLM that hangs is left to the end of the process."""
         if self._closed:
             return
         self._closed = True
+        ending = threading.Thread(target=self._shut_down, name="tensorrt_llm end", daemon=True)
+        ending.start()
+        ending.join(SHUTDOWN_SECONDS)
+        if ending.is_alive():
+            _log.warning("TensorRT-LLM did not shut down within %g s", SHUTDOWN_SECONDS)
+
+    def _shut_down(self) -> None:
         try:
             self._llm.shutdown()
         except Exception:
@@ -225,9 +234,11 @@ def _find_checkpoint(bundle: Bundle, options: TensorRTLLMOptions) -> Path:
     )
 
 
-def _load(
+def load_llm(
     api: Api, checkpoint: Path, options: TensorRTLLMOptions, limits: Limits, max_sessions: int
 ) -> Any:
+    """An `LLM` of `api` with paged K/V, in-flight batching of so many sessions, chunked prefill and
+    block reuse, within a bundle's limits. Raises whatever TensorRT-LLM raises."""
     return api.llm(
         model=str(checkpoint),
         trust_remote_code=False,
