@@ -112,3 +112,5 @@ def test_the_command_line(tiny_checkpoint: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(framesink, [*command, "--with-checkpoint"])
     assert result.exit_code == 0, result.output
     carried(Bundle.open(tmp_path / "bundle"))
+    shown = CliRunner().invoke(framesink, ["inspect", str(tmp_path / "bundle")])
+    assert "checkpoint/, for TensorRT-LLM" in shown.output

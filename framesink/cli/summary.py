@@ -59,6 +59,9 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
         f"{streaming.vision_seconds:g} s vision, {streaming.sink_text} + {streaming.recent_text} "
         f"text, replies of {streaming.reply_turns} turns",
         "query": streaming.query or "none",
+        "checkpoint": f"{manifest.checkpoint}/, for TensorRT-LLM"
+        if manifest.checkpoint
+        else "none",
         "versions": ", ".join(f"{name} {value}" for name, value in manifest.versions.items()),
     }
     table = Table(show_header=False, box=None)
