@@ -11,10 +11,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LINKED_FOLDERS = ("build", "calibration", "runtime")
 # What runs on a GPU host alone, loaded only when it is asked for.
-CUDA_EXECUTOR = "runtime/executors/cuda"
+GPU_EXECUTORS = ("runtime/executors/cuda", "runtime/executors/tensorrt")
 SOURCE_FOLDERS = (
     *LINKED_FOLDERS,
-    CUDA_EXECUTOR,
+    *GPU_EXECUTORS,
     "framesink",
     "scripts",
     "triton_repo",
@@ -32,19 +32,23 @@ FORBIDDEN = {
         *AUTHORING_STACK,
     ),
     "calibration": ("framesink.build", "framesink.cli"),
-    CUDA_EXECUTOR: ("framesink.build", "framesink.calibration", "framesink.cli", *AUTHORING_STACK),
+    **dict.fromkeys(
+        GPU_EXECUTORS,
+        ("framesink.build", "framesink.calibration", "framesink.cli", *AUTHORING_STACK),
+    ),
     "build": ("framesink.cli",),
     "demo": ("framesink.cli",),
 }
 
 
 def _sources(folder: str) -> list[Path]:
-    """Python files below a folder, links not followed; the CUDA executor is a folder of its own."""
-    inner = ROOT / CUDA_EXECUTOR
+    """Python files below a folder, links not followed; executors for GPUs are folders of their
+    own."""
+    apart = [] if folder in GPU_EXECUTORS else [ROOT / name for name in GPU_EXECUTORS]
     return sorted(
         path
         for path in (ROOT / folder).rglob("*.py")
-        if path.is_file() and (folder == CUDA_EXECUTOR or inner not in path.parents)
+        if path.is_file() and not any(inner in path.parents for inner in apart)
     )
 
 

@@ -4,11 +4,14 @@ from framesink.runtime.bundle import Bundle
 from framesink.runtime.errors import FramesinkError
 from framesink.runtime.executors.base import Executor, VisionEncoder
 from framesink.runtime.executors.cuda.support import why_not_cuda
+from framesink.runtime.executors.tensorrt.support import find_plans, why_not_tensorrt
 from framesink.runtime.executors.tensorrt_llm.options import TensorRTLLMOptions
+from framesink.runtime.gpu import current_sm
 from framesink.runtime.prompting.executor import PromptExecutor
 
-AVAILABLE = ("onnxruntime", "cuda", "tensorrt_llm")
-KNOWN = ("onnxruntime", "tensorrt", "cuda", "tensorrt_llm")
+AVAILABLE = ("onnxruntime", "tensorrt", "cuda", "tensorrt_llm")
+# Where `cuda` comes before `tensorrt`: A100, H100 and H200, B200, B300.
+DATA_CENTER_SMS = ("sm80", "sm90", "sm100", "sm103")
 
 
 def create_executor(
@@ -16,8 +19,9 @@ def create_executor(
 ) -> tuple[Executor, str]:
     """Load a bundle into an executor; also returns one sentence: which it is, and why.
 
-    "auto" is `cuda` wherever it can run. `num_pages` counts pages of the bundle's page size, the
-    null page included. `threads` is for the CPU (None: one per physical core). Raises
+    "auto" is `cuda` on data-center GPUs, else `tensorrt` where a plan fits the GPU and the
+    installed package, else whichever can run. `num_pages` counts pages of the bundle's page size,
+    the null page included. `threads` is for the CPU (None: one per physical core). Raises
     FramesinkError for a name that is unknown or not available here, or of an executor without pages
     (see `create_prompt_executor`), and what the executor's own loading raises.
     """
@@ -26,22 +30,43 @@ def create_executor(
         raise FramesinkError(
             "The tensorrt_llm executor takes whole prompts and no steps, so it cannot be used here."
         )
-    obstacle = None if name == "onnxruntime" else why_not_cuda(bundle.manifest)
-    if name == "cuda" and obstacle is not None:
-        raise FramesinkError(
-            f"The cuda executor cannot run here: {obstacle}. The onnxruntime executor can."
-        )
+    chosen, why = _choose(bundle) if name == "auto" else (name, "asked for by name")
     # Imported here: a host that runs another executor may lack this one's packages.
-    if name != "onnxruntime" and obstacle is None:
+    if chosen == "cuda":
+        obstacle = why_not_cuda(bundle.manifest)
+        if obstacle is not None:
+            raise FramesinkError(
+                f"The cuda executor cannot run here: {obstacle}. The onnxruntime executor can."
+            )
         from framesink.runtime.executors.cuda.executor import CudaExecutor
 
-        why = "this machine has a GPU for it" if name == "auto" else "asked for by name"
         return CudaExecutor.from_bundle(bundle, num_pages=num_pages), f"cuda on the GPU: {why}."
+    if chosen == "tensorrt":
+        plans = find_plans(bundle)
+        from framesink.runtime.executors.tensorrt.executor import TensorRTExecutor
+
+        executor = TensorRTExecutor.from_bundle(bundle, plans, num_pages=num_pages)
+        return executor, f"tensorrt on the GPU, {plans}: {why}."
     from framesink.runtime.executors.onnxruntime import OnnxRuntimeExecutor
 
-    executor = OnnxRuntimeExecutor.from_bundle(bundle, num_pages=num_pages, threads=threads)
-    why = "asked for by name" if obstacle is None else f"the cuda executor cannot run: {obstacle}"
-    return executor, f"onnxruntime on the CPU: {why}."
+    host = OnnxRuntimeExecutor.from_bundle(bundle, num_pages=num_pages, threads=threads)
+    return host, f"onnxruntime on the CPU: {why}."
+
+
+def _choose(bundle: Bundle) -> tuple[str, str]:
+    """What "auto" is here, and why."""
+    no_cuda = why_not_cuda(bundle.manifest)
+    if no_cuda is None and current_sm() in DATA_CENTER_SMS:
+        return "cuda", "this machine has a data-center GPU"
+    no_tensorrt = why_not_tensorrt(bundle)
+    if no_tensorrt is None:
+        return "tensorrt", "the bundle has plans that fit this GPU and the installed package"
+    if no_cuda is None:
+        return "cuda", f"this machine has a GPU for it, and tensorrt cannot run ({no_tensorrt})"
+    why = f"the cuda executor cannot run: {no_cuda}"
+    if current_sm() is not None:
+        why += f"; nor can tensorrt ({no_tensorrt})"
+    return "onnxruntime", why
 
 
 def create_prompt_executor(
@@ -73,7 +98,6 @@ def create_vision_encoder(
 
 def _require_available(name: str) -> None:
     if name not in ("auto", *AVAILABLE):
-        state = "is not part of this version" if name in KNOWN else "is unknown"
         raise FramesinkError(
-            f"The executor {name[:64]!r} {state}; available are auto, {', '.join(AVAILABLE)}."
+            f"The executor {name[:64]!r} is unknown; available are auto, {', '.join(AVAILABLE)}."
         )
