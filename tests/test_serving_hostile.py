@@ -20,6 +20,8 @@ import pytest
 
 pytest.importorskip("pytriton", reason="the server's wheel is not installed")
 from reference.hostile_attacks import ROADS, hostile_requests
+from reference.hostile_calls import bad_reply
+from reference.hostile_chunks import bad_patches
 from reference.hostile_requests import Attack, Attacker, strings
 from reference.prometheus import wait_for_metrics
 from serving_server import RunningServer
@@ -333,3 +335,24 @@ def test_the_largest_chunks_as_fast_as_they_go_starve_nobody(
         heard = bystander.finish()
         assert flooding.result(PATIENCE) >= SERVED_CHUNKS
     assert heard == said_locally(demo_bundle, heard[-1][0] + 1)
+
+
+def test_single_calls_are_refused_by_their_status(demo_server: RunningServer) -> None:
+    attacker = Attacker(np.random.default_rng(7), contract.LANGUAGE_MODEL, 1 << 51)
+    embeddings, no_reply = bad_patches(attacker), bad_reply(attacker)
+    start = attacker.attack("start", None, sequence_start=True)
+    assert embeddings.refusal is not None
+    assert no_reply.refusal is not None
+    expected = (
+        (embeddings, grpc.StatusCode.INVALID_ARGUMENT, embeddings.refusal),
+        (no_reply, grpc.StatusCode.INVALID_ARGUMENT, no_reply.refusal),
+        (start, grpc.StatusCode.UNIMPLEMENTED, "doesn't support models with decoupled"),
+        (attacker.stray("no model", None, "nothing"), grpc.StatusCode.NOT_FOUND, "unknown model"),
+    )
+    with grpc.insecure_channel(demo_server.url) as channel:
+        service = GRPCInferenceServiceStub(channel)
+        for attack, code, sentence in expected:
+            with pytest.raises(grpc.RpcError) as refused:
+                service.ModelInfer(attack.message, timeout=PATIENCE)
+            assert refused.value.code() is code
+            assert re.search(sentence, refused.value.details())
