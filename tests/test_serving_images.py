@@ -16,7 +16,9 @@ from framesink.serving.image_header import read_header
 from framesink.serving.images import FrameLimits, check_raw_frames, decode_files
 
 CONFIG = PreprocessConfig(min_pixels=28 * 28, max_pixels=112 * 112)
-LIMITS = FrameLimits(frames=8, file_bytes=200_000, pixels=640 * 480, patches=4096)
+LIMITS = FrameLimits(
+    frames=8, file_bytes=200_000, pixels=640 * 480, chunk_pixels=2_000_000, patches=4096
+)
 
 
 def picture(height: int = 60, width: int = 84, seed: int = 0) -> UInt8Array:
@@ -113,9 +115,14 @@ def test_files_larger_than_the_limits_never_reach_the_decoder(decoder: list[int]
     assert "65000×65000 pixels" in refusal(with_jpeg_size(encode(picture(), ".jpg"), 65000, 65000))
     assert "has 200001 bytes" in refusal(bytes(200_001))
     assert "9 frames" in refusal(*[encode(picture())] * 9)
+    assert "8 frames of 640×480 pixels is larger than the 2000000" in refusal(
+        *[png_of(640, 480, rows)] * 8
+    )
     assert "0 frames" in refusal()
     assert "of one size" in refusal(encode(picture()), encode(picture(84, 60)))
-    few = FrameLimits(frames=8, file_bytes=200_000, pixels=640 * 480, patches=16)
+    few = FrameLimits(
+        frames=8, file_bytes=200_000, pixels=640 * 480, chunk_pixels=2_000_000, patches=16
+    )
     assert "makes 24 patches" in refusal(encode(picture(56, 84)), limits=few)
     assert "times as long" in refusal(png_of(8000, 2, rows))
     assert "has no area" in refusal(png_of(0, 0, rows))

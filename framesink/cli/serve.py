@@ -74,6 +74,7 @@ def _limit(name: str, help_text: str) -> Callable[[_Function], _Function]:
 @_limit("max_frames", "Frames of a chunk.")
 @_limit("max_frame_bytes", "Size of a compressed frame.")
 @_limit("max_frame_pixels", "Area of a frame.")
+@_limit("max_chunk_pixels", "Area of all frames of a chunk.")
 @_limit("max_query_characters", "Length of a query.")
 @_limit("max_question_characters", "Length of a question.")
 @_limit("max_previous_text_characters", "Length of the text a resumed session brings.")

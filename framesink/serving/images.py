@@ -23,18 +23,23 @@ DECODE_FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 @dataclass(frozen=True, slots=True)
 class FrameLimits:
     """The most a chunk's frames may be: their number, the bytes of a file, the pixels of a frame,
-    and the ViT patches all of them make."""
+    and of all of them together, the pixels and the ViT patches they make."""
 
     frames: int
     file_bytes: int
     pixels: int
+    chunk_pixels: int
     patches: int
 
     @classmethod
     def of(cls, options: ServeOptions, max_patches: int) -> "FrameLimits":
         """Those of a server, for a session of at most `max_patches` a chunk."""
         return cls(
-            options.max_frames, options.max_frame_bytes, options.max_frame_pixels, max_patches
+            options.max_frames,
+            options.max_frame_bytes,
+            options.max_frame_pixels,
+            options.max_chunk_pixels,
+            max_patches,
         )
 
 
@@ -93,6 +98,13 @@ def require_size(
             StatusCode.INVALID_ARGUMENT,
             f"A frame of {width}×{height} pixels is larger than the {limits.pixels} pixels this "
             "server takes; send smaller frames.",
+        )
+    if count * width * height > limits.chunk_pixels:
+        raise ServingError(
+            StatusCode.INVALID_ARGUMENT,
+            f"A chunk of {count} frames of {width}×{height} pixels is larger than the "
+            f"{limits.chunk_pixels} pixels this server takes at once; send fewer or smaller "
+            "frames.",
         )
     try:
         rows, columns = smart_resize(

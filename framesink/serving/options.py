@@ -58,6 +58,7 @@ class ServeOptions(BaseModel):
     max_frames: PositiveInt = 64
     max_frame_bytes: PositiveInt = 8_000_000
     max_frame_pixels: PositiveInt = 8_847_360  # 4096 × 2160
+    max_chunk_pixels: PositiveInt = 35_389_440  # four such frames
     max_query_characters: PositiveInt = 8192
     max_question_characters: PositiveInt = 2048
     max_previous_text_characters: PositiveInt = 65_536
