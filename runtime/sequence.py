@@ -222,7 +222,7 @@ class Sequence:
             return
         text = turn.new_text()
         if text:
-            self._events.put(turn.words_event(self._kind(turn), text, now))
+            self._events.put(turn.words_event(turn.kind, text, now))
 
     # The end.
 
@@ -335,7 +335,7 @@ class Sequence:
         reply = turn.reply
         self._append_reply_part(SpanPart.CLOSE, self._protocol.turn_close, new=not reply.held)
         text = turn.new_text() + turn.detokenizer.finish()
-        kind = self._kind(turn) if reply.words else EventKind.SILENCE
+        kind = turn.kind if reply.words else EventKind.SILENCE
         event = turn.words_event(kind, text, now, final=True)
         self._turn, self._decoding, self._seen = None, False, None
         timing = turn.timing()
@@ -349,7 +349,3 @@ class Sequence:
             lag=event.lag,
         )
         self._events.put(event)
-
-    @staticmethod
-    def _kind(turn: Turn) -> EventKind:
-        return EventKind.COMMENTARY if turn.question is None else EventKind.ANSWER

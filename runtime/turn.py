@@ -39,6 +39,11 @@ class Turn:
     ending: bool = False
     unfed: int = 0
 
+    @property
+    def kind(self) -> EventKind:
+        """What its reply is, if it has words."""
+        return EventKind.COMMENTARY if self.question is None else EventKind.ANSWER
+
     def take_embeddings(self, count: int) -> Float32Array | None:
         """The next `count` embeddings, None for none."""
         if count == 0 or self.embeddings is None:

@@ -147,7 +147,7 @@ class Conversation:
                 turn.reply.push(token)
         text = turn.new_text()
         if text:
-            self._events.put(turn.words_event(self._kind(turn), text, now))
+            self._events.put(turn.words_event(turn.kind, text, now))
 
     def complete(self) -> None:
         """The reply has ended: settle its spans and send its final event."""
@@ -159,7 +159,7 @@ class Conversation:
         reply.end()
         self._append_reply(turn)
         text = turn.new_text() + turn.detokenizer.finish()
-        kind = self._kind(turn) if reply.words else EventKind.SILENCE
+        kind = turn.kind if reply.words else EventKind.SILENCE
         event = turn.words_event(kind, text, now, final=True)
         self._said = tuple(turn.sampled[:-1])  # the last one was never read
         self._turn = None
@@ -234,10 +234,6 @@ class Conversation:
             self._spans.append(text_span(SpanKind.REPLY, SpanPart.BODY, turn.number, words))
         close = [*reply.held, *self._protocol.turn_close]
         self._spans.append(text_span(SpanKind.REPLY, SpanPart.CLOSE, turn.number, close))
-
-    @staticmethod
-    def _kind(turn: Turn) -> EventKind:
-        return EventKind.COMMENTARY if turn.question is None else EventKind.ANSWER
 
 
 def _first_spans(plan: SessionPlan) -> list[Span]:
