@@ -138,7 +138,7 @@ def test_auto_says_what_it_chose_and_why(tiny_bundle: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("tensorrt", "not part of this version"), ("abacus", "unknown")],
+    [("tensorrt", "without TensorRT plans"), ("abacus", "unknown")],
 )
 def test_an_executor_that_is_not_there(tiny_bundle: Path, name: str, words: str) -> None:
     with pytest.raises(FramesinkError, match=words) as caught:

@@ -1,6 +1,5 @@
 """The TensorRT executor over a stand-in for TensorRT: the same words as ONNX Runtime's graphs."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,9 +20,9 @@ from framesink.runtime.preprocess import Grid
 
 torch = pytest.importorskip("torch", reason="the executor keeps its memory in torch")
 
+from fake import gpu_machine  # noqa: E402
 from fake import tensorrt as stand_in  # noqa: E402
 
-from framesink.runtime.executors.tensorrt import executor as executor_module  # noqa: E402
 from framesink.runtime.executors.tensorrt.language_model import LanguageModelPlan  # noqa: E402
 from framesink.runtime.executors.tensorrt.plan import Plan  # noqa: E402
 
@@ -35,21 +34,6 @@ EVICTING = Scenario(
     frame_counts={0: 2, 29: 4},
     max_new_tokens=5,
 )
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Makes this machine one with an sm89 and a TensorRT package; its memory is the host's."""
-
-    def install(package: str, version: str = stand_in.VERSION) -> None:
-        module = stand_in.as_module(package, version)
-        monkeypatch.setitem(sys.modules, package, module)
-
-    for place in ("bundle", "executors.tensorrt.support", "executors"):
-        monkeypatch.setattr(f"framesink.runtime.{place}.current_sm", lambda: "sm89")
-    monkeypatch.setattr(executor_module, "GPU", torch.device("cpu"))
-    stand_in.engines.clear()
-    return install
 
 
 @pytest.fixture(scope="module", params=["tensorrt_rtx", "tensorrt"])
@@ -91,11 +75,11 @@ def words(engine: StreamingEngine, scenario: Scenario, chunks: int) -> list[tupl
     return said
 
 
-def test_forty_chunks_with_evictions(bundle: Bundle, machine: Callable[[str], None]) -> None:
-    machine(package_of(bundle))
+def test_forty_chunks_with_evictions(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_machine.install(monkeypatch, package_of(bundle))
     graph, _ = create_executor(bundle, "onnxruntime", num_pages=NUM_PAGES, threads=1)
     plan, why = create_executor(bundle, "tensorrt", num_pages=NUM_PAGES)
-    assert f"plans for sm89 through {package_of(bundle)} {stand_in.VERSION}" in why
+    assert f"sm89.plan through {package_of(bundle)} {stand_in.VERSION}: asked for" in why
     expected, found = RecordingExecutor(graph), RecordingExecutor(plan)
     with engine_of(bundle, expected) as reference, engine_of(bundle, found) as ours:
         assert words(ours, EVICTING, 40) == words(reference, EVICTING, 40)
@@ -106,9 +90,9 @@ def test_forty_chunks_with_evictions(bundle: Bundle, machine: Callable[[str], No
 
 
 @pytest.mark.parametrize("talks", [1, 3, 5])
-def test_sessions_share_steps(bundle: Bundle, machine: Callable[[str], None], talks: int) -> None:
+def test_sessions_share_steps(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, talks: int) -> None:
     """Batches are filled up: what is added must not be seen."""
-    machine(package_of(bundle))
+    gpu_machine.install(monkeypatch, package_of(bundle))
     scenario = Scenario(policy=DenseSinkWindow(4, 6, 3, 3), max_new_tokens=6)
     said = {}
     for name in ("onnxruntime", "tensorrt"):
@@ -126,11 +110,11 @@ def test_sessions_share_steps(bundle: Bundle, machine: Callable[[str], None], ta
 def test_logits_are_those_of_one_dense_forward(
     tiny_bundle_with_pages: Callable[[int], Path],
     tiny_model: object,
-    machine: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     """Prefill parts and decode steps of sequences whose pages have holes."""
-    machine("tensorrt")
+    gpu_machine.install(monkeypatch, "tensorrt")
     path = add_plans(tiny_bundle_with_pages(PAGE), tmp_path / "bundle", "tensorrt")
     executor, _ = create_executor(Bundle.open(path), "tensorrt", num_pages=64)
     talks = [
@@ -149,9 +133,9 @@ def test_logits_are_those_of_one_dense_forward(
 
 
 def test_a_chunk_beyond_the_profile_is_encoded_step_by_step(
-    bundle: Bundle, machine: Callable[[str], None]
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine(package_of(bundle))
+    gpu_machine.install(monkeypatch, package_of(bundle))
     executor, _ = create_executor(bundle, "tensorrt", num_pages=8)
     graph, _ = create_executor(bundle, "onnxruntime", num_pages=8, threads=1)
     limit = bundle.manifest.limits.max_patches
@@ -168,9 +152,9 @@ def test_a_chunk_beyond_the_profile_is_encoded_step_by_step(
 
 
 def test_shapes_beyond_the_limits_are_refused(
-    bundle: Bundle, machine: Callable[[str], None]
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine(package_of(bundle))
+    gpu_machine.install(monkeypatch, package_of(bundle))
     limits = bundle.manifest.limits
     most = limits.max_streams * limits.max_context // bundle.manifest.page_size + 1
     with pytest.raises(CapacityError, match=f"more than the {most}"):

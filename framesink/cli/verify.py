@@ -7,8 +7,10 @@ import click
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from framesink.build.gate import QualityGate, Verification
+    from framesink.calibration.agreement import Agreement
     from framesink.runtime.bundle import Bundle
 
 
@@ -19,12 +21,21 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="The 16-bit checkpoint BUNDLE was built from, to compare with.",
 )
+@click.option(
+    "--executor",
+    help="An executor to compare with onnxruntime on this machine: tensorrt, cuda or auto.",
+)
+@click.option(
+    "--chunks",
+    type=click.IntRange(min=1),
+    help="How many chunks --executor is compared over.  [default: 32, and 4 for a large model]",
+)
 @click.option("--tokens", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option(
     "--gate",
     metavar="top1=X,kl=Y",
     help="Least top-1 agreement and largest mean KL divergence over streamed chunks.  "
-    "[default: top1=0.98,kl=0.02 for a quantized bundle]",
+    "[default: top1=0.98,kl=0.02 for a quantized bundle and for --executor]",
 )
 @click.option(
     "--video",
@@ -37,6 +48,8 @@ if TYPE_CHECKING:
 def verify(
     bundle: Path,
     checkpoint: Path | None,
+    executor: str | None,
+    chunks: int | None,
     tokens: int,
     gate: str | None,
     videos: tuple[Path, ...],
@@ -47,12 +60,22 @@ def verify(
     graphs and the checkpoint in transformers get the same frames and tokens, and their results must
     agree. A quantized bundle, or any with --gate, is compared over streamed chunks, and must reach
     the gate; without --checkpoint --gate judges what was measured when the bundle was built.
+
+    With --executor that executor and onnxruntime run the bundle on this machine, over the same
+    frames and tokens, and it must reach the gate.
     """
     from rich.console import Console
 
     from framesink.build.gate import DEFAULT_GATE, QualityGate
     from framesink.runtime.bundle import Bundle
+    from framesink.runtime.errors import OptionError
 
+    if executor is not None and checkpoint is not None:
+        raise OptionError(
+            "--executor compares with onnxruntime and --checkpoint with transformers; ask for one."
+        )
+    if executor is None and chunks is not None:
+        raise OptionError("--chunks goes with --executor; leave it out.")
     asked = None if gate is None else QualityGate.parse(gate)
     console = Console()
     opened = Bundle.open(bundle, check="hashes")
@@ -60,7 +83,9 @@ def verify(
         f"{len(opened.manifest.files)} files agree with the manifest in size and SHA-256.",
         highlight=False,
     )
-    if checkpoint is not None and (asked is not None or opened.manifest.is_quantized):
+    if executor is not None:
+        _compare_executor(opened, executor, asked or DEFAULT_GATE, videos, chunks, console)
+    elif checkpoint is not None and (asked is not None or opened.manifest.is_quantized):
         _judge(_measure(opened, checkpoint, videos, console), asked or DEFAULT_GATE, console)
     elif checkpoint is not None:
         _compare_with_transformers(opened, checkpoint, tokens, console)
@@ -121,15 +146,57 @@ def _judge(measured: "Verification", gate: "QualityGate", console: "Console") ->
     from rich.table import Table
 
     table = Table(f"against {measured.reference} in float32", "found", "asked")
-    least = f"≥ {gate.top1:.2%}" if gate.top1 > 0.0 else ""
-    table.add_row("top-1 agreement", f"{measured.top1:.2%}", least)
-    most = f"≤ {gate.kl:g}" if gate.kl < float("inf") else ""
-    table.add_row("mean KL divergence, nats", f"{measured.kl:.4g}", most)
-    table.add_row("largest KL divergence, nats", f"{measured.worst_kl:.4g}", "")
+    _add_agreement(table, measured, gate)
     table.add_row("tokens compared", f"{measured.tokens} in {measured.chunks} chunks", "")
     table.add_row("video", measured.source, "")
     console.print(table)
     measured.check(gate, video_option="--video")
+
+
+def _add_agreement(table: "Table", found: "Verification | Agreement", gate: "QualityGate") -> None:
+    least = f"≥ {gate.top1:.2%}" if gate.top1 > 0.0 else ""
+    table.add_row("top-1 agreement", f"{found.top1:.2%}", least)
+    most = f"≤ {gate.kl:g}" if gate.kl < float("inf") else ""
+    table.add_row("mean KL divergence, nats", f"{found.kl:.4g}", most)
+    table.add_row("largest KL divergence, nats", f"{found.worst_kl:.4g}", "")
+
+
+def _compare_executor(
+    bundle: "Bundle",
+    executor: str,
+    gate: "QualityGate",
+    videos: tuple[Path, ...],
+    chunks: int | None,
+    console: "Console",
+) -> None:
+    """Print how far the executor is from ONNX Runtime.
+
+    Raises VerificationError where the gate is not reached.
+    """
+    from rich.table import Table
+
+    from framesink.build.footage import Footage, choose_videos
+    from framesink.build.quality import judged_chunks
+    from framesink.build.verify_executor import REFERENCE, verify_executor
+
+    footage = Footage.whole(
+        choose_videos(videos, ()), chunks or judged_chunks(bundle.manifest.model)
+    )
+    with console.status("Starting") as status:
+        report = verify_executor(
+            bundle,
+            executor,
+            footage,
+            on_progress=lambda share: status.update(f"Streaming, {share:.0%}"),
+        )
+    console.print(report.reason, style="dim", highlight=False)
+    found = report.agreement
+    table = Table(f"{report.executor} against {REFERENCE}", "found", "asked")
+    _add_agreement(table, found, gate)
+    table.add_row("greedy tokens that differ", f"{report.differing_tokens} of {found.tokens}", "")
+    table.add_row("video", f"{report.chunks} chunks of {report.source}", "")
+    console.print(table)
+    report.check(gate)
 
 
 def _compare_with_transformers(

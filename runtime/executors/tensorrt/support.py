@@ -13,13 +13,12 @@ from framesink.runtime.manifest import PartName, PlanSpec
 class FittingPlans:
     """The plans of both parts for the GPU of this machine and the installed package."""
 
-    sm: str
     vision_encoder: PlanSpec
     language_model: PlanSpec
 
     def __str__(self) -> str:
         plan = self.language_model
-        return f"plans for {self.sm} through {plan.builder} {plan.builder_version}"
+        return f"{plan.path} through {plan.builder} {plan.builder_version}"
 
 
 def find_plans(bundle: Bundle) -> FittingPlans:
@@ -28,16 +27,8 @@ def find_plans(bundle: Bundle) -> FittingPlans:
     Raises BundleError, in one sentence, where there is no GPU, no plan for it, no package of the
     version that built one, or no torch.
     """
-    if not bundle.manifest.language_model.plans:
-        bundle.plan_for("language_model", "none")  # says how to get some, GPU or not
     sm = current_sm()
-    if sm is None:
-        raise BundleError(
-            "The tensorrt executor needs an NVIDIA GPU and this machine has none; use the "
-            "onnxruntime executor."
-        )
     plans = FittingPlans(
-        sm,
         vision_encoder=_fitting_plan(bundle, "vision_encoder", sm),
         language_model=_fitting_plan(bundle, "language_model", sm),
     )
@@ -58,10 +49,10 @@ def why_not_tensorrt(bundle: Bundle) -> str | None:
     return None
 
 
-def _fitting_plan(bundle: Bundle, part: PartName, sm: str) -> PlanSpec:
-    """The first plan of a part for `sm` whose builder is installed in its version."""
+def _fitting_plan(bundle: Bundle, part: PartName, sm: str | None) -> PlanSpec:
+    """The first plan of a part for this GPU whose builder is installed in its version."""
+    bundle.plan_for(part, sm)  # raises where there is no GPU, or no plan for it
     refusals = []
-    bundle.plan_for(part, sm)  # says which architectures there are plans for, if not for this
     for plan in bundle.manifest.part(part).plans:
         if sm not in plan.targets:
             continue
