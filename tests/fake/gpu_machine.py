@@ -14,9 +14,10 @@ def install(
     package: str,
     *,
     version: str = stand_in.VERSION,
-    sm: str = "sm89",
+    sm: str | None = "sm89",
 ) -> None:
-    """Until the test ends, `package` is the stand-in and GPU 0 of architecture `sm`."""
+    """Until the test ends, `package` is the stand-in and GPU 0 of architecture `sm` (None: there is
+    none)."""
     monkeypatch.setitem(sys.modules, package, stand_in.as_module(package, version))
     for place in ("bundle", "executors", "executors.tensorrt.support"):
         monkeypatch.setattr(f"framesink.runtime.{place}.current_sm", lambda: sm)

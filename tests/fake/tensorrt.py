@@ -134,17 +134,24 @@ class ICudaEngine:
     def create_execution_context(
         self, strategy: ExecutionContextAllocationStrategy | IRuntimeConfig
     ) -> "IExecutionContext":
-        assert self.spec.builder == "tensorrt_rtx" or not isinstance(strategy, IRuntimeConfig)
+        captures = CudaGraphStrategy.DISABLED
         if isinstance(strategy, IRuntimeConfig):
-            strategy = strategy.strategy
-        context = IExecutionContext(self, strategy)
+            assert self.spec.builder == "tensorrt_rtx"
+            captures, strategy = strategy.cuda_graph_strategy, strategy.strategy
+        context = IExecutionContext(self, strategy, captures)
         self.contexts.append(context)
         return context
 
 
 class IExecutionContext:
-    def __init__(self, engine: ICudaEngine, strategy: ExecutionContextAllocationStrategy) -> None:
+    def __init__(
+        self,
+        engine: ICudaEngine,
+        strategy: ExecutionContextAllocationStrategy,
+        captures: CudaGraphStrategy,
+    ) -> None:
         self.engine = engine
+        self.captures = captures
         self.runs: list[dict[str, tuple[int, ...]]] = []
         self._profile = 0
         self._shapes: dict[str, tuple[int, ...]] = {}

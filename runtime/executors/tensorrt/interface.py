@@ -20,8 +20,10 @@ ROW_TYPES = {
     "float32": ("float32",),
     "int8": ("int8", FP8),
 }
+# The profile whose shapes come again and again.
+REPEATED_PROFILE = "decode"
 PROFILES: Mapping[PartName, tuple[str, ...]] = {
-    "language_model": ("prefill", "decode"),
+    "language_model": ("prefill", REPEATED_PROFILE),
     "vision_encoder": ("vision",),
 }
 

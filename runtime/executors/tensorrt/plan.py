@@ -12,6 +12,7 @@ from torch import Tensor
 from framesink.runtime.bundle import REBUILD_HINT
 from framesink.runtime.errors import BundleError, CapacityError, FramesinkError
 from framesink.runtime.executors.tensorrt.contract import DTYPE_NAMES
+from framesink.runtime.executors.tensorrt.interface import REPEATED_PROFILE
 from framesink.runtime.executors.tensorrt.shapes import choose_profile
 from framesink.runtime.manifest import PlanSpec, TensorSpec
 
@@ -79,9 +80,11 @@ class Plan:
         """A context of a profile, its own for as long as a CUDA graph is captured of it."""
         strategy = self._api.ExecutionContextAllocationStrategy.USER_MANAGED
         if self.captures_itself:
+            # Prompt parts and chunks differ in size: graphs of them would never be replayed.
             config = self._engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
-            config.cuda_graph_strategy = self._api.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            if self.spec.profiles[profile].name == REPEATED_PROFILE:
+                config.cuda_graph_strategy = self._api.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             context = self._engine.create_execution_context(config)
         else:
             context = self._engine.create_execution_context(strategy)

@@ -1,0 +1,454 @@
+"""What of the TensorRT executor needs no GPU: names, plans, profiles, shapes, rows."""
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference.tensorrt_bundle import add_plans, plan_spec
+
+from framesink.build.plans.profiles import language_model_profiles, pages_per_stream
+from framesink.runtime.arrays import Int32Array
+from framesink.runtime.bundle import Bundle
+from framesink.runtime.errors import BundleError
+from framesink.runtime.executors import DATA_CENTER_SMS, create_executor
+from framesink.runtime.executors.base import ContextView, SequenceInput
+from framesink.runtime.executors.batching import group_by_size, pad_group
+from framesink.runtime.executors.needs import missing_names
+from framesink.runtime.executors.tensorrt.contract import Package, load_api, needs
+from framesink.runtime.executors.tensorrt.interface import check_plan
+from framesink.runtime.executors.tensorrt.shapes import (
+    PAGE_STEPS,
+    choose_profile,
+    filled_batch,
+    filled_pages,
+)
+from framesink.runtime.executors.tensorrt.support import find_plans, why_not_tensorrt
+from framesink.runtime.manifest import Limits, PartName, PlanSpec, TensorSpec
+from framesink.runtime.models.config import TextConfig
+from framesink.runtime.rope import MRopeTable
+
+torch = pytest.importorskip("torch", reason="the executor keeps its memory in torch")
+
+from fake import gpu_machine  # noqa: E402
+from fake import tensorrt as stand_in  # noqa: E402
+
+from framesink.runtime.executors.tensorrt.page_rows import row_places, write_rows  # noqa: E402
+from framesink.runtime.executors.tensorrt.step_inputs import StepInputs  # noqa: E402
+
+PAGE = 16
+TEXT = TextConfig(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=16,
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    mrope_section=(2, 3, 3),
+    max_position_embeddings=4096,
+    tie_word_embeddings=False,
+)
+INPUTS = (
+    TensorSpec(name="inputs_embeds", dtype="float16", shape=("batch", "new", 16)),
+    TensorSpec(name="cos_ctx", dtype="float16", shape=("batch", "context", 8)),
+    TensorSpec(name="mask", dtype="float16", shape=("batch", 1, "new", "keys")),
+    TensorSpec(name="block_table", dtype="int32", shape=("batch", "pages")),
+    TensorSpec(name="last", dtype="int32", shape=("batch",)),
+    TensorSpec(name="k_pages.0", dtype="float16", shape=("pool", 2, PAGE, 8)),
+)
+
+
+# Names of the package.
+
+
+@pytest.mark.parametrize("package", ["tensorrt_rtx", "tensorrt"])
+def test_every_name_that_is_used_exists(package: Package) -> None:
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    assert [name for need in needs(package) for name in missing_names(need)] == []
+    assert load_api(package).__name__ == package
+
+
+def test_the_stand_in_has_no_name_that_the_package_lacks() -> None:
+    real: Any = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    own = {"spec", "logger", "graph", "tensors", "contexts", "engine", "runs", "strategy"}
+    for owner in stand_in.NAMES:
+        names = {name for name in vars(owner) if not name.startswith("_")}
+        assert names - own <= set(dir(getattr(real, owner.__name__))), owner
+
+
+def test_a_package_that_lacks_a_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = stand_in.as_module("tensorrt_rtx", "0.9")
+    del module.CudaGraphStrategy
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", module)
+    with pytest.raises(BundleError, match=r"tensorrt_rtx 0\.9 lacks .*CudaGraphStrategy"):
+        load_api("tensorrt_rtx")
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(BundleError, match="cannot be imported here"):
+        load_api("tensorrt_rtx")
+
+
+# Which plan, which executor.
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    directory = add_plans(tiny_bundle, tmp_path_factory.mktemp("plans") / "bundle")
+    return Bundle.open(directory, check="sizes")
+
+
+def with_plans(bundle: Bundle, *choices: tuple[str, str, str]) -> Bundle:
+    """The bundle with a plan of each part for every builder, version and SM."""
+    manifest = bundle.manifest
+    parts: dict[PartName, Any] = {}
+    for part in ("language_model", "vision_encoder"):
+        plans = tuple(
+            plan_spec(manifest, part, builder, sm).model_copy(update={"builder_version": version})
+            for builder, version, sm in choices
+        )
+        parts[part] = manifest.part(part).model_copy(update={"plans": plans})
+    return Bundle(bundle.directory, manifest.model_copy(update=parts))
+
+
+def test_the_plan_is_that_of_the_gpu_and_the_installed_version(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    gpu_machine.install(monkeypatch, "tensorrt_rtx", version="1.7.1.999", sm="sm86")
+    several = with_plans(
+        bundle,
+        ("tensorrt_rtx", "1.7.1.116", "sm89"),
+        ("tensorrt", "10.15.1", "sm86"),
+        ("tensorrt_rtx", "1.6.0.1", "sm86"),
+        ("tensorrt_rtx", "1.7.1.116", "sm86"),
+    )
+    plans = find_plans(several)
+    for plan in (plans.language_model, plans.vision_encoder):
+        assert (plan.builder, plan.builder_version) == ("tensorrt_rtx", "1.7.1.116")
+        assert plan.targets == ("sm86",)
+
+
+@pytest.mark.parametrize(
+    ("choices", "sm", "sentence"),
+    [
+        ([], "sm89", "built without TensorRT plans"),
+        ([("tensorrt_rtx", "1.7.1.116", "sm89")], None, "this machine has none"),
+        ([("tensorrt_rtx", "1.7.1.116", "sm89")], "sm90", "no vision_encoder plan for sm90"),
+        ([("tensorrt_rtx", "1.6.0.1", "sm89")], "sm89", r"1\.6\.0\.1 but 1\.7\.1\.116"),
+        ([("tensorrt", "10.15.1", "sm89")], "sm89", r"needs tensorrt 10\.15\.1, which is not"),
+    ],
+)
+def test_why_no_plan_fits(
+    bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+    choices: list[tuple[str, str, str]],
+    sm: str | None,
+    sentence: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    gpu_machine.install(monkeypatch, "tensorrt_rtx", sm=sm)
+    with pytest.raises(BundleError, match=sentence) as caught:
+        find_plans(with_plans(bundle, *choices))
+    assert str(caught.value).endswith(".")
+    assert "\n" not in str(caught.value)
+
+
+def test_torch_is_needed(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_machine.install(monkeypatch, "tensorrt_rtx")
+    assert why_not_tensorrt(bundle) is None
+    monkeypatch.setattr("framesink.runtime.executors.tensorrt.support.find_spec", lambda name: None)
+    assert "torch, which is not installed" in (why_not_tensorrt(bundle) or "")
+
+
+@pytest.mark.parametrize("sm", ["sm89", *DATA_CENTER_SMS])
+@pytest.mark.parametrize("can_cuda", [True, False])
+@pytest.mark.parametrize("has_plan", [True, False])
+def test_what_auto_chooses(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, sm: str, can_cuda: bool, has_plan: bool
+) -> None:
+    gpu_machine.install(monkeypatch, "tensorrt_rtx", sm=sm)
+    given = with_plans(bundle, ("tensorrt_rtx", stand_in.VERSION, sm if has_plan else "sm75"))
+
+    class Made(Exception):
+        """Which executor would have been loaded."""
+
+    def refuse(name: str) -> Callable[..., None]:
+        def from_bundle(*arguments: object, **options: object) -> None:
+            raise Made(name)
+
+        return from_bundle
+
+    from framesink.runtime.executors.cuda.executor import CudaExecutor
+    from framesink.runtime.executors.onnxruntime import OnnxRuntimeExecutor
+    from framesink.runtime.executors.tensorrt.executor import TensorRTExecutor
+
+    for kind in (CudaExecutor, OnnxRuntimeExecutor, TensorRTExecutor):
+        monkeypatch.setattr(kind, "from_bundle", refuse(kind.name))
+    obstacle = None if can_cuda else "it is broken"
+    monkeypatch.setattr("framesink.runtime.executors.why_not_cuda", lambda manifest: obstacle)
+    order = ["cuda", "tensorrt"] if sm in DATA_CENTER_SMS else ["tensorrt", "cuda"]
+    able = {"cuda": can_cuda, "tensorrt": has_plan}
+    expected = next((name for name in order if able[name]), "onnxruntime")
+    with pytest.raises(Made, match=expected):
+        create_executor(given, num_pages=8)
+
+
+def test_auto_says_why_no_gpu_executor_runs(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu_machine.install(monkeypatch, "tensorrt_rtx", sm="sm90")
+    monkeypatch.setattr("framesink.runtime.executors.why_not_cuda", lambda manifest: "it is broken")
+    executor, why = create_executor(bundle, num_pages=8, threads=1)
+    assert executor.name == "onnxruntime"
+    assert "the cuda executor cannot run: it is broken; nor can tensorrt" in why
+    assert "no vision_encoder plan for sm90" in why
+
+
+# Plans against the manifest.
+
+
+def test_the_plans_that_a_build_makes_pass(bundle: Bundle) -> None:
+    for part in ("language_model", "vision_encoder"):
+        check_plan(bundle.manifest, part, bundle.manifest.part(part).plans[0])
+
+
+def edited(specs: Sequence[TensorSpec], name: str, **change: Any) -> tuple[TensorSpec, ...]:
+    assert name in {value.name for value in specs}
+    return tuple(
+        value.model_copy(update=change) if value.name == name else value for value in specs
+    )
+
+
+def narrowed(plan: PlanSpec, name: str, **change: Any) -> tuple[Any, ...]:
+    """The profiles with other bounds of an input in the last."""
+    *first, last = plan.profiles
+    bounds = last.inputs[name].model_copy(update=change)
+    return (*first, last.model_copy(update={"inputs": {**last.inputs, name: bounds}}))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda p: {"inputs": p.inputs[1:]}, "the input inputs_embeds is missing"),
+        (lambda p: {"outputs": p.outputs[1:]}, "is missing"),
+        (
+            lambda p: {"inputs": (*p.inputs, TensorSpec(name="x", dtype="int8", shape=(1,)))},
+            "the input x is unknown",
+        ),
+        (
+            lambda p: {"inputs": edited(p.inputs, "k_pages.1", shape=("pool", 2, 8, 16))},
+            r"its input k_pages\.1 is float32 \['pool', 2, 8, 16\]",
+        ),
+        (lambda p: {"inputs": edited(p.inputs, "mask", dtype="bool")}, "its input mask is bool"),
+        (
+            lambda p: {"outputs": edited(p.outputs, "v_new.0", dtype="float16")},
+            r"its output v_new\.0 is float16",
+        ),
+        (lambda p: {"profiles": p.profiles[::-1]}, "its profiles are not prefill and decode"),
+        (lambda p: {"profiles": narrowed(p, "last", minimum=(0,))}, "no such sizes of last"),
+        (lambda p: {"profiles": narrowed(p, "last", maximum=(1, 1))}, "another number of dimens"),
+        (
+            lambda p: {"profiles": narrowed(p, "inputs_embeds", maximum=(16, 1, 128))},
+            "no such sizes of inputs_embeds",
+        ),
+    ],
+)
+def test_a_plan_that_is_not_the_models_is_refused(
+    bundle: Bundle, change: Callable[[PlanSpec], dict[str, Any]], sentence: str
+) -> None:
+    plan = bundle.manifest.language_model.plans[0]
+    with pytest.raises(BundleError, match=sentence):
+        check_plan(bundle.manifest, "language_model", plan.model_copy(update=change(plan)))
+
+
+def test_codes_of_fp8_are_bytes_in_pages(bundle: Bundle) -> None:
+    plan = bundle.manifest.language_model.plans[0]
+
+    def typed(pages: str, rows: str) -> PlanSpec:
+        inputs = [
+            value.model_copy(update={"dtype": pages}) if "_pages." in value.name else value
+            for value in plan.inputs
+        ]
+        outputs = [
+            value.model_copy(update={"dtype": rows}) if "_new." in value.name else value
+            for value in plan.outputs
+        ]
+        return plan.model_copy(update={"inputs": tuple(inputs), "outputs": tuple(outputs)})
+
+    for rows in ("int8", "float8_e4m3fn"):
+        check_plan(bundle.manifest, "language_model", typed("int8", rows))
+    for pages, rows in [("int8", "float16"), ("float8_e4m3fn", "float8_e4m3fn")]:
+        with pytest.raises(BundleError, match="does not fit the manifest"):
+            check_plan(bundle.manifest, "language_model", typed(pages, rows))
+
+
+# Shapes against the profiles that a build makes.
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> tuple[Limits, list[SequenceInput]]:
+    """Limits, and a step of sequences within them."""
+    context = draw(st.integers(PAGE, 2000))
+    limits = Limits(
+        max_streams=draw(st.integers(1, 20)),
+        max_context=context,
+        max_prefill=draw(st.integers(1, context)),
+        max_patches=4,
+    )
+    most = pages_per_stream(limits, PAGE)
+    sizes = draw(
+        st.lists(
+            st.tuples(
+                st.one_of(st.just(1), st.integers(1, limits.max_prefill)), st.integers(1, most)
+            ),
+            min_size=1,
+            max_size=limits.max_streams,
+        )
+    )
+    return limits, [sequence(new, pages) for new, pages in sizes]
+
+
+def sequence(new: int, pages: int) -> SequenceInput:
+    rows = np.arange(new, dtype=np.int32)
+    return SequenceInput(
+        token_ids=rows,
+        vision_embeddings=None,
+        positions=np.tile(rows, (3, 1)),
+        slots=rows,
+        context=ContextView(
+            block_table=np.zeros(pages, np.int32),
+            positions=np.zeros((3, pages * PAGE), np.int32),
+            valid=np.zeros(pages * PAGE, np.bool_),
+        ),
+        needs_logits=True,
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(steps())
+def test_every_group_within_the_limits_has_its_profile(
+    step: tuple[Limits, list[SequenceInput]],
+) -> None:
+    limits, batch = step
+    profiles = language_model_profiles(INPUTS, limits, PAGE)
+    largest = pages_per_stream(limits, PAGE)
+    for members in group_by_size(batch, PAGE):
+        pages = filled_pages(max(len(batch[m].context.block_table) for m in members), largest)
+        group = pad_group(batch, members, PAGE, pages=pages)
+        decodes = group.new_positions.shape[2] == 1
+        count = filled_batch(len(members), limits.max_streams) if decodes else len(members)
+        new = group.new_positions.shape[2]
+        assert group.visible.shape == (len(members), pages * PAGE)
+        shapes = {
+            "inputs_embeds": (count, new, 16),
+            "cos_ctx": (count, pages * PAGE, 8),
+            "mask": (count, 1, new, pages * PAGE + new),
+            "block_table": (count, pages),
+            "last": (count,),
+            "k_pages.0": (limits.max_streams * largest + 1, 2, PAGE, 8),
+        }
+        number = choose_profile(profiles, shapes)
+        assert number is not None
+        # With prompts of one token at most both profiles are one.
+        if limits.max_prefill > 1:
+            assert profiles[number].name == ("decode" if decodes else "prefill")
+        for name, axis in [("block_table", 1), ("last", 0), ("k_pages.0", 0)]:
+            beyond = list(shapes[name])
+            beyond[axis] = profiles[number].inputs[name].maximum[axis] + 1
+            assert choose_profile(profiles, {**shapes, name: tuple(beyond)}) is None
+
+
+def test_more_new_tokens_than_a_prompt_part_may_have_fit_nowhere() -> None:
+    limits = Limits(max_streams=2, max_context=64, max_prefill=8, max_patches=4)
+    profiles = language_model_profiles(INPUTS, limits, PAGE)
+    assert choose_profile(profiles, {"inputs_embeds": (1, 8, 16)}) == 0
+    assert choose_profile(profiles, {"inputs_embeds": (1, 9, 16)}) is None
+    assert choose_profile(profiles, {"inputs_embeds": (2, 1, 16)}) == 1
+    assert choose_profile(profiles, {"inputs_embeds": (2, 1)}) is None
+    assert choose_profile(profiles, {"another": (1,)}) is None
+
+
+@given(st.integers(1, 3000), st.data())
+def test_filling_up_makes_few_shapes(largest: int, data: st.DataObject) -> None:
+    size = data.draw(st.integers(1, largest))
+    assert (
+        size <= filled_pages(size, largest) <= min(largest, size + math.ceil(largest / PAGE_STEPS))
+    )
+    assert size <= filled_batch(size, largest) <= min(largest, max(2 * size, 1), size + 7)
+    assert len({filled_pages(n, largest) for n in range(1, largest + 1)}) <= PAGE_STEPS
+    beyond = largest + size
+    assert filled_pages(beyond, largest) == filled_batch(beyond, largest) == beyond
+
+
+# What is made on the device.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_tables_and_masks_are_those_of_the_host(dtype: str) -> None:
+    random = np.random.default_rng(5)
+
+    def random_sequence(new: int, pages: int) -> SequenceInput:
+        plain = sequence(new, pages)
+        reach = 9000  # more positions than the tables begin with
+        positions = random.integers(0, reach, plain.context.positions.shape).astype(np.int32)
+        return SequenceInput(
+            token_ids=plain.token_ids,
+            vision_embeddings=None,
+            positions=random.integers(0, reach, (3, new)).astype(np.int32),
+            slots=plain.slots,
+            context=ContextView(
+                block_table=random.integers(0, 9, pages).astype(np.int32),
+                positions=positions,
+                valid=random.random(pages * PAGE) < 0.7,
+            ),
+            needs_logits=True,
+        )
+
+    batch = [random_sequence(5, 2), random_sequence(4, 3)]
+    group = pad_group(batch, (0, 1), PAGE, pages=4)
+    found = StepInputs(TEXT, getattr(torch, dtype), torch.device("cpu")).make(group)
+    table = MRopeTable(TEXT, dtype)
+    expected = {
+        "mask": group.mask(dtype),
+        "block_table": group.block_table,
+        "last": group.last,
+        **dict(zip(("cos_new", "sin_new"), table.lookup(group.new_positions), strict=True)),
+        **dict(zip(("cos_ctx", "sin_ctx"), table.lookup(group.context_positions), strict=True)),
+    }
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert found[name].is_contiguous()
+        np.testing.assert_array_equal(found[name].numpy(), values, err_msg=name)
+
+
+def test_rows_go_to_their_slots_as_bytes() -> None:
+    """FP8 codes of two sequences, one of them padded, into pages typed int8."""
+    random = np.random.default_rng(1)
+    slots: list[Int32Array] = [np.array([50, 17, 90], np.int32), np.array([33], np.int32)]
+    batch = [sequence(3, 1), sequence(1, 1)]
+    group = pad_group(
+        [
+            SequenceInput(one.token_ids, None, one.positions, where, one.context, needs_logits=True)
+            for one, where in zip(batch, slots, strict=True)
+        ],
+        (0, 1),
+        PAGE,
+    )
+    codes = random.standard_normal((2, 2, 3, 8)).astype(ml_dtypes.float8_e4m3fn)
+    before = random.integers(-128, 128, (6, 2, PAGE, 8)).astype(np.int8)
+    pool = torch.from_numpy(before.copy())
+    rows = torch.from_numpy(codes.view(np.int8).copy())
+    write_rows({"k_pages.3": pool}, {"k_new.3": rows}, row_places(group, PAGE))
+    expected = before.copy()
+    for number, where in enumerate(slots):
+        for token, slot in enumerate(where):
+            expected[slot // PAGE, :, slot % PAGE] = codes[number, :, token].view(np.int8)
+    np.testing.assert_array_equal(pool.numpy(), expected)
