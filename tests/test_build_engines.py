@@ -27,6 +27,7 @@ from framesink.runtime.errors import (
     VerificationError,
     VideoError,
 )
+from framesink.runtime.executors.tensorrt.interface import check_plan
 from framesink.runtime.models.checkpoint import Checkpoint
 from framesink.runtime.models.quantization import LinearScheme
 
@@ -109,6 +110,7 @@ def test_a_bundle_with_plans(tiny_checkpoint: Path, tmp_path: Path) -> None:
         spec = bundle.manifest.part(part)  # type: ignore[arg-type]
         assert bundle.path(plan.path).stat().st_size > 100_000
         assert plan.compute_type == "float16"
+        check_plan(bundle.manifest, part, plan)  # type: ignore[arg-type]
         # What TensorRT parsed has the interface that was authored.
         assert {value.name: value.dtype for value in plan.inputs} == {
             value.name: value.dtype for value in spec.compiled.inputs

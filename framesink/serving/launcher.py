@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from framesink.runtime.bundle import Bundle
-from framesink.runtime.executors.cuda.support import why_not_cuda
+from framesink.runtime.executors import choose_executor
 from framesink.runtime.gpu import current_sm
 from framesink.serving.endpoints import HealthEndpoint
 from framesink.serving.errors import ServerDiedError, ServerError
@@ -107,7 +107,7 @@ class Launcher:
 def needs_gpu(bundle: Bundle, options: ServeOptions) -> bool:
     """Whether the language model will run on a GPU."""
     if options.executor == "auto":
-        return why_not_cuda(bundle.manifest) is None
+        return choose_executor(bundle)[0] in GPU_EXECUTORS
     # Without a GPU Triton would refuse the model; the model itself says better what is wrong.
     return options.executor in GPU_EXECUTORS and current_sm() is not None
 

@@ -30,7 +30,7 @@ def create_executor(
         raise FramesinkError(
             "The tensorrt_llm executor takes whole prompts and no steps, so it cannot be used here."
         )
-    chosen, why = _choose(bundle) if name == "auto" else (name, "asked for by name")
+    chosen, why = choose_executor(bundle) if name == "auto" else (name, "asked for by name")
     # Imported here: a host that runs another executor may lack this one's packages.
     if chosen == "cuda":
         obstacle = why_not_cuda(bundle.manifest)
@@ -53,8 +53,8 @@ def create_executor(
     return host, f"onnxruntime on the CPU: {why}."
 
 
-def _choose(bundle: Bundle) -> tuple[str, str]:
-    """What "auto" is here, and why."""
+def choose_executor(bundle: Bundle) -> tuple[str, str]:
+    """What "auto" is for a bundle on this machine, and why, as the end of a sentence."""
     no_cuda = why_not_cuda(bundle.manifest)
     if no_cuda is None and current_sm() in DATA_CENTER_SMS:
         return "cuda", "this machine has a data-center GPU"
