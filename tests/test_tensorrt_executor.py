@@ -1,5 +1,6 @@
 """The TensorRT executor over a stand-in for TensorRT: the same words as ONNX Runtime's graphs."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,15 +8,21 @@ import numpy as np
 import pytest
 from reference.dense_policies import DenseSinkWindow
 from reference.paged_stream import PAGE, PagedStream, make_conversation
+from reference.quantized_checkpoint import write_quantized_checkpoint
 from reference.recording import RecordingExecutor
 from reference.scenario import NUM_PAGES, Scenario
 from reference.tensorrt_bundle import add_plans, plan_spec
 
+from framesink.build.options import BuildOptions
+from framesink.build.pipeline import build_bundle
+from framesink.build.reporter import SilentReporter
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.engine import StreamingEngine
 from framesink.runtime.errors import BundleError, CapacityError, FramesinkError
 from framesink.runtime.executors import create_executor
 from framesink.runtime.executors.base import Executor
+from framesink.runtime.models.companion_files import companion_files
+from framesink.runtime.models.quantization import CacheScheme, LinearScheme
 from framesink.runtime.preprocess import Grid
 
 torch = pytest.importorskip("torch", reason="the executor keeps its memory in torch")
@@ -265,3 +272,37 @@ def test_a_failing_run_says_what_tensorrt_says(bundle: Bundle) -> None:
         plan.bind(context, {"last": torch.zeros(1, dtype=torch.int32)}, {})
     with pytest.raises(FramesinkError, match=r"refuses last of shape \[999\]"):
         plan.bind(context, {"last": torch.zeros(999, dtype=torch.int32)}, {})
+
+
+@pytest.mark.parametrize("cache", [CacheScheme.INT8, CacheScheme.FP8])
+def test_quantized_pages_hold_the_same_bytes(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: CacheScheme
+) -> None:
+    """FP8 rows leave the graph typed so, and go into pages typed int8."""
+    scheme = LinearScheme.INT8 if cache is CacheScheme.INT8 else LinearScheme.FP8
+    write_quantized_checkpoint(tiny_checkpoint, tmp_path / "checkpoint", scheme, cache)
+    for file in companion_files(tiny_checkpoint):
+        shutil.copy(file, tmp_path / "checkpoint")
+    options = BuildOptions(
+        tmp_path / "checkpoint",
+        tmp_path / "plain",
+        plans=False,
+        executed_type="float32",
+        max_streams=2,
+        max_context=1024,
+    )
+    build_bundle(options, SilentReporter())
+    bundle = Bundle.open(add_plans(tmp_path / "plain", tmp_path / "bundle"), check="sizes")
+    rows = {v.dtype for v in bundle.manifest.language_model.executed.outputs if "_new." in v.name}
+    assert rows == {"int8" if cache is CacheScheme.INT8 else "float8_e4m3fn"}
+    gpu_machine.install(monkeypatch, "tensorrt_rtx")
+    scenario = Scenario(policy=DenseSinkWindow(4, 6, 3, 3), max_new_tokens=5)
+    graph, _ = create_executor(bundle, "onnxruntime", num_pages=128, threads=1)
+    plan, _ = create_executor(bundle, "tensorrt", num_pages=128)
+    with engine_of(bundle, graph) as reference, engine_of(bundle, plan) as ours:
+        assert words(ours, scenario, 8) == words(reference, scenario, 8)
+        for name, pool in plan._language_model.pools.items():
+            assert pool.dtype == torch.int8
+            written = graph.pages[name][1:]  # the null page takes what fills up a batch
+            assert np.count_nonzero(written) > 0
+            assert (pool.numpy()[1:] != written).mean() < 1e-3
