@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from framesink.build.footage import Footage
 from framesink.build.gate import QualityGate
+from framesink.build.shared_steps import SharedSteps
 from framesink.calibration.agreement import Agreement, TurnAgreement, compare_executors
 from framesink.calibration.recorded_turns import StreamSettings
 from framesink.runtime.bundle import Bundle
@@ -13,18 +14,22 @@ from framesink.runtime.executors import create_executor
 from framesink.runtime.video.chunk import Chunk
 
 REFERENCE = "onnxruntime"
+# Sequences that share a step: an odd number, which an executor may have to fill up.
+COPIES = 3
 
 
 @dataclass(frozen=True, slots=True)
 class ExecutorReport:
     """How far an executor is from ONNX Runtime over `chunks` streamed chunks of `source`.
 
-    `reason` says which executor it is, and why. `agreement` is over every sampled token.
+    `reason` says which executor it is, and why. It ran the session `copies` times in the same
+    steps; `agreement` is over every sampled token of the last of them.
     """
 
     executor: str
     reason: str
     source: str
+    copies: int
     chunks: int
     agreement: Agreement
 
@@ -53,7 +58,8 @@ def verify_executor(
 ) -> ExecutorReport:
     """Stream the chunks of `footage` to judge on through ONNX Runtime, and the same steps with the
     same tokens through the executor `name`: every chunk encoded, prompts in the same parts,
-    evictions of a live session with the bundle's defaults.
+    evictions of a live session with the bundle's defaults. The executor runs them several times at
+    once, in pages of their own, as sessions that share its steps do.
 
     Raises VerificationError if the executor is ONNX Runtime itself or its logits are not finite,
     what loading the executor raises, and VideoError for video that cannot be read.
@@ -69,7 +75,9 @@ def verify_executor(
             on_progress((len(turns) + number) / sum(footage.judged))
             yield chunk
 
-    candidate, reason = create_executor(bundle, name, num_pages=pages)
+    copies = min(COPIES, manifest.limits.max_streams)
+    loaded, reason = create_executor(bundle, name, num_pages=copies * (pages - 1) + 1)
+    candidate = SharedSteps(loaded, copies=copies, max_tokens=manifest.limits.max_prefill)
     try:
         if candidate.name == REFERENCE:
             raise VerificationError(
@@ -86,5 +94,5 @@ def verify_executor(
     finally:
         candidate.close()
     return ExecutorReport(
-        candidate.name, reason, footage.judged_source, len(turns), Agreement.of(turns)
+        candidate.name, reason, footage.judged_source, copies, len(turns), Agreement.of(turns)
     )

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from reference.tensorrt_bundle import add_plans
@@ -12,6 +13,7 @@ torch = pytest.importorskip("torch", reason="the executors compared run in torch
 # First of all: it says how kernels are run here.
 from reference import triton_device  # noqa: E402, F401, I001
 from fake import gpu_machine  # noqa: E402
+from fake import tensorrt as stand_in  # noqa: E402
 from reference import plain_kernels  # noqa: E402
 
 from framesink.build.footage import Footage  # noqa: E402
@@ -48,6 +50,9 @@ def test_tensorrt_is_compared_over_a_stream_that_evicts(
     assert result.exit_code == 0, result.output
     for words in ("tensorrt against onnxruntime", "100.00%", "20 chunks", "asked for by name"):
         assert words in result.stdout
+    # Three sessions share each decode step, which is filled up to four.
+    runs = [r for engine in stand_in.engines for c in engine.contexts for r in c.runs]
+    assert {shapes["last"] for shapes in runs if shapes.get("cos_new", (0, 0))[1] == 1} == {(4,)}
 
 
 def test_auto_is_compared_as_what_it_chooses(
@@ -96,7 +101,7 @@ def test_cuda_is_compared_too(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 class ForgetfulExecutor(OnnxRuntimeExecutor):
     """One that writes rows into no page: right until a token looks back."""
 
-    name = "forgetful"
+    name = "broken"
 
     def step(self, batch: Sequence[SequenceInput]) -> list[Float32Array | None]:
         answers = super().step(batch)
@@ -105,15 +110,26 @@ class ForgetfulExecutor(OnnxRuntimeExecutor):
         return answers
 
 
+class MixedUpExecutor(OnnxRuntimeExecutor):
+    """One that is right for the first sequence of a step alone."""
+
+    name = "broken"
+
+    def step(self, batch: Sequence[SequenceInput]) -> list[Float32Array | None]:
+        answers = super().step(batch)
+        return [None if row is None else np.roll(row, n) for n, row in enumerate(answers)]
+
+
+@pytest.mark.parametrize("broken", [ForgetfulExecutor, MixedUpExecutor])
 def test_an_executor_below_the_gate_ends_with_8(
-    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, broken: type[OnnxRuntimeExecutor]
 ) -> None:
     def create(bundle: Bundle, name: str, *, num_pages: int) -> tuple[Executor, str]:
-        kind = OnnxRuntimeExecutor if name == "onnxruntime" else ForgetfulExecutor
+        kind = OnnxRuntimeExecutor if name == "onnxruntime" else broken
         return kind.from_bundle(bundle, num_pages=num_pages, threads=1), f"{name}."
 
     monkeypatch.setattr("framesink.build.verify_executor.create_executor", create)
-    result = run(tiny_bundle, "--executor", "forgetful", "--chunks", 2)
+    result = run(tiny_bundle, "--executor", "broken", "--chunks", 2)
     assert result.exit_code == 8
     assert "too far from onnxruntime" in result.stderr
     assert "asked top1=0.98,kl=0.02" in result.stderr
@@ -145,4 +161,4 @@ def test_what_cannot_be_compared_is_said(
 
 def test_the_report_counts_tokens_that_differ() -> None:
     agreement = Agreement(tokens=640, kl=0.0, worst_kl=0.0, top1=637 / 640)
-    assert ExecutorReport("cuda", "", "clip", 4, agreement).differing_tokens == 3
+    assert ExecutorReport("cuda", "", "clip", 3, 4, agreement).differing_tokens == 3

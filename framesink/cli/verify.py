@@ -194,6 +194,7 @@ def _compare_executor(
     table = Table(f"{report.executor} against {REFERENCE}", "found", "asked")
     _add_agreement(table, found, gate)
     table.add_row("greedy tokens that differ", f"{report.differing_tokens} of {found.tokens}", "")
+    table.add_row("sessions in a step", f"{report.copies}", "")
     table.add_row("video", f"{report.chunks} chunks of {report.source}", "")
     console.print(table)
     report.check(gate)
