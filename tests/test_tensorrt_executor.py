@@ -30,6 +30,7 @@ torch = pytest.importorskip("torch", reason="the executor keeps its memory in to
 from fake import gpu_machine  # noqa: E402
 from fake import tensorrt as stand_in  # noqa: E402
 
+from framesink.runtime.executors.tensorrt.contract import load_api  # noqa: E402
 from framesink.runtime.executors.tensorrt.language_model import LanguageModelPlan  # noqa: E402
 from framesink.runtime.executors.tensorrt.plan import Plan  # noqa: E402
 
@@ -245,6 +246,16 @@ def test_a_plan_that_tensorrt_refuses(bundle: Bundle, tmp_path: Path) -> None:
         Plan(stand_in.as_module(), file, spec, torch.device("cpu"))
 
 
+def test_the_real_package_refuses_in_a_sentence(bundle: Bundle, tmp_path: Path) -> None:
+    """Its logger, its runtime and its way to read a file, which need no GPU to fail."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    file = tmp_path / "broken.plan"
+    file.write_bytes(b"not a plan" * 1000)
+    spec = bundle.manifest.language_model.plans[0]
+    with pytest.raises(BundleError, match=r"cannot be loaded here; TensorRT says: \S.*\.$"):
+        Plan(load_api("tensorrt_rtx"), file, spec, torch.device("cpu"))
+
+
 def test_a_plan_must_be_what_the_manifest_says(bundle: Bundle) -> None:
     spec = bundle.manifest.language_model.plans[0]
     file = bundle.path(spec.path)
@@ -272,6 +283,9 @@ def test_a_failing_run_says_what_tensorrt_says(bundle: Bundle) -> None:
         plan.bind(context, {"last": torch.zeros(1, dtype=torch.int32)}, {})
     with pytest.raises(FramesinkError, match=r"refuses last of shape \[999\]"):
         plan.bind(context, {"last": torch.zeros(999, dtype=torch.int32)}, {})
+    contradicting = {"last": torch.zeros(2, dtype=torch.int32), "cos_new": torch.zeros(1, 1, 8)}
+    with pytest.raises(FramesinkError, match="shapes contradict each other"):
+        plan.bind(context, contradicting, {})
 
 
 @pytest.mark.parametrize("cache", [CacheScheme.INT8, CacheScheme.FP8])

@@ -161,9 +161,11 @@ def test_why_no_plan_fits(
     assert "\n" not in str(caught.value)
 
 
-def test_torch_is_needed(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_with_cuda_is_needed(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu_machine.install(monkeypatch, "tensorrt_rtx")
     assert why_not_tensorrt(bundle) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "finds no CUDA" in (why_not_tensorrt(bundle) or "")
     monkeypatch.setattr("framesink.runtime.executors.tensorrt.support.find_spec", lambda name: None)
     assert "torch, which is not installed" in (why_not_tensorrt(bundle) or "")
 

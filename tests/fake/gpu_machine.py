@@ -22,4 +22,5 @@ def install(
     for place in ("bundle", "executors", "executors.tensorrt.support"):
         monkeypatch.setattr(f"framesink.runtime.{place}.current_sm", lambda: sm)
     monkeypatch.setattr(executor, "GPU", torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     stand_in.engines.clear()

@@ -183,6 +183,11 @@ class IExecutionContext:
         return name in self.engine.tensors and memory != 0
 
     def infer_shapes(self) -> list[str]:
+        sizes: dict[str, int] = {}
+        for value in self.engine.spec.inputs:
+            for name, size in zip(value.shape, self._shapes.get(value.name, ()), strict=False):
+                if isinstance(name, str) and sizes.setdefault(name, size) != size:
+                    raise RuntimeError(f"inferShapes: {name} is {size} and {sizes[name]}")
         return [v.name for v in self.engine.spec.inputs if v.name not in self._shapes]
 
     def execute_async_v3(self, stream_handle: int) -> bool:

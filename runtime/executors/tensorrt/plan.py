@@ -115,7 +115,10 @@ class Plan:
         for name, value in {**inputs, **outputs}.items():
             if not context.set_tensor_address(name, value.data_ptr()):
                 raise self._failure(f"refuses the memory of {name}")
-        unspecified = context.infer_shapes()
+        try:
+            unspecified = context.infer_shapes()
+        except RuntimeError as error:
+            raise self._failure("has inputs whose shapes contradict each other") from error
         if unspecified:
             raise self._failure(f"was not told the shape of {', '.join(unspecified)}")
 

@@ -25,7 +25,7 @@ def find_plans(bundle: Bundle) -> FittingPlans:
     """The plans that can run here.
 
     Raises BundleError, in one sentence, where there is no GPU, no plan for it, no package of the
-    version that built one, or no torch.
+    version that built one, or no torch with CUDA.
     """
     sm = current_sm()
     plans = FittingPlans(
@@ -36,6 +36,13 @@ def find_plans(bundle: Bundle) -> FittingPlans:
         raise BundleError(
             "The tensorrt executor keeps its GPU memory in torch, which is not installed; install "
             "framesink[cuda]."
+        )
+    import torch
+
+    if not torch.cuda.is_available():
+        raise BundleError(
+            "The tensorrt executor keeps its GPU memory in torch, and the torch that is installed "
+            "finds no CUDA; install framesink[cuda]."
         )
     return plans
 
