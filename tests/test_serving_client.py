@@ -116,6 +116,22 @@ def test_a_session_from_the_first_chunk_to_the_end(server: FakeTriton, client: C
         session.push(FRAME)
 
 
+def test_responses_that_overtake_each_other_are_put_in_order(server: FakeTriton) -> None:
+    """As Triton lets them: the first of a chunk before the last of the one before it."""
+    server.overtaking = True
+    settings = SessionSettings(frame_format="png", max_in_flight=5)
+    with connect(server.url) as client, client.session(settings=settings) as session:
+        for _ in range(4):
+            session.push(FRAME)
+        session.ask("How many?")
+        session.push(FRAME)
+        session.finish()
+        events = list(session)
+    assert [event.turn for event in events] == [turn for turn in range(5) for _ in range(3)]
+    assert [event.words for event in events] == [(0,), (1,), ()] * 5
+    assert [event.final for event in events] == [False, False, True] * 5
+
+
 def test_who_does_not_read_cannot_push(server: FakeTriton, client: Client) -> None:
     with client.session(settings=PNG) as session:
         session.push(FRAME)

@@ -27,6 +27,7 @@ from framesink.client.replies import (
     describe_loss,
     may_be_sent_again,
     places,
+    take_next,
 )
 from framesink.client.server_session import ServerSession
 from framesink.client.settings import SessionSettings
@@ -68,6 +69,7 @@ class SessionLink:
         self._stream: RequestStream | None = None
         self._cause: ClientError | None = None
         self._pending: dict[str, Pending] = {}
+        self._held: list[Response] = []
         self._waiting: list[Pending] = []
         self._unanswered: deque[str] = deque()
         self._requests = 0
@@ -179,6 +181,19 @@ class SessionLink:
 
     def received(self, stream: RequestStream, response: Response) -> None:
         """See Receiver."""
+        with self._lock:
+            if stream is not self._stream:
+                return
+            self._held.append(response)
+        while True:
+            with self._lock:
+                following = take_next(self._held, self._pending)
+            if following is None:
+                return
+            self._hear(stream, following)
+
+    def _hear(self, stream: RequestStream, response: Response) -> None:
+        """Make of a response what it is."""
         with self._lock:
             pending = self._pending.get(response.request_id)
             if stream is not self._stream or pending is None:
@@ -394,6 +409,7 @@ class SessionLink:
         under_way = sorted(self._pending.values(), key=lambda p: int(p.request.request_id))
         taken = [*under_way, *self._waiting]
         self._pending.clear()
+        self._held.clear()
         self._waiting = []
         return taken
 

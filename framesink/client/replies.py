@@ -1,10 +1,10 @@
 """Requests under way, and what their responses become: events as a client sees them."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from framesink.client.wire import Request
+from framesink.client.wire import Request, Response
 from framesink.runtime.events import Event, EventKind, ReplyTiming
 
 LOST_REPLY = "The reply to this chunk, or the rest of it, was lost with the connection."
@@ -77,6 +77,29 @@ class Replies:
 
     def _turn(self) -> int:
         return self._first_turn if self._last is None else self._last.turn
+
+
+def take_next(held: list[Response], pending: Mapping[str, Pending]) -> Response | None:
+    """Take the first of the responses that may be heard now, None if there is none.
+
+    Triton lets responses to requests of one stream overtake each other; those to a chunk, or to the
+    end, are held until all chunks before it are answered. Errors are not: the answer before one may
+    never come.
+    """
+    for place, response in enumerate(held):
+        of = pending.get(response.request_id)
+        waits = of is not None and (of.request.chunk is not None or of.request.end)
+        if response.error is not None or not waits or not _before(response, pending):
+            return held.pop(place)
+    return None
+
+
+def _before(response: Response, pending: Mapping[str, Pending]) -> bool:
+    """Whether a chunk that was sent before the response's is not answered yet."""
+    number = int(response.request_id)
+    return any(
+        other.request.chunk is not None and int(name) < number for name, other in pending.items()
+    )
 
 
 def places(requests: Sequence[Pending]) -> int:

@@ -41,14 +41,15 @@ class StoredSession:
 class FakeTriton(GRPCInferenceServiceServicer):
     """What a test may turn: `ready`; `refusal` of START, with its code in brackets or without;
     `bad_chunk`, the number of a session's chunk to refuse; `silent`, to take chunks and say
-    nothing; `deaf`, to answer nothing at all; `damage`, an output to leave out. `cancelled` tells
-    of streams that a client did not end in order."""
+    nothing; `deaf`, to answer nothing at all; `overtaking`, to let the first response to a request
+    come before the rest of those to the one before; `damage`, an output to leave out. `cancelled`
+    tells of streams that a client did not end in order."""
 
     def __init__(self) -> None:
         self.ready = True
         self.refusal: str | None = None
         self.bad_chunk: int | None = None
-        self.silent = self.deaf = False
+        self.silent = self.deaf = self.overtaking = False
         self.damage: str | None = None
         self.sessions: dict[int, StoredSession] = {}
         self.ended: list[int] = []
@@ -99,11 +100,14 @@ class FakeTriton(GRPCInferenceServiceServicer):
             yield answer
 
     def _read(self, requests: Iterator[ModelInferRequest], answers: Any) -> None:
+        late: list[ModelStreamInferResponse] = []
         try:
             for request in requests:
-                if not self.deaf:
-                    for answer in self._answers(request):
-                        answers.put(answer)
+                found = [] if self.deaf else list(self._answers(request))
+                early = 1 if self.overtaking else len(found)
+                for answer in (*found[:early], *late):
+                    answers.put(answer)
+                late = found[early:]
         except grpc.RpcError:
             self.cancelled.set()
         except Exception as error:
