@@ -38,11 +38,12 @@ from framesink.serving import contract
 
 CLIP = Path(__file__).parents[1] / "demo" / "clip.mp4"
 ATTACKS, ATTACKERS = 10_000, 4
-# So many attacks come before memory is looked at: libraries fill their pools first.
+# So many attacks come before memory is looked at: libraries fill their pools first. (tritonserver's
+# own were full, at 115 MB, after 30,000.)
 WARM_UP = ATTACKS // 4
-# What a process may hold more in the second half of the run than in the first: to keep 4 kB of each
+# What a process may hold more in the second half of the run than in the first: to keep 8 kB of each
 # attack would be more.
-MEMORY_GROWTH = 12 << 20
+MEMORY_GROWTH = 24 << 20
 STARTS, SERVED_CHUNKS = 200, 8
 PATIENCE = 60.0
 LIVE, RESERVED = "framesink_sessions", 'framesink_kv_pages{state="reserved"}'

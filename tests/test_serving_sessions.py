@@ -182,19 +182,23 @@ def settled(demo_server: RunningServer) -> dict[str, float]:
     )
 
 
+# It pushes for ever, so that whenever it ends some reply is under way.
 CLIENT_PROGRAM = """
 import sys
+import threading
 import numpy as np
 from framesink.client import SessionSettings, connect
 session = connect(sys.argv[1]).session(
     settings=SessionSettings(frame_format="raw", max_in_flight=4, model=sys.argv[2])
 )
 frames = np.random.default_rng(3).integers(0, 256, (2, 1000, 1000, 3), np.uint8)
-for _ in range(4):
-    session.push(frames)
-next(iter(session))
-print("speaking", flush=True)
-sys.stdin.read()
+def push():
+    while True:
+        session.push(frames)
+threading.Thread(target=push, daemon=True).start()
+for number, event in enumerate(session):
+    if number == 0:
+        print("speaking", flush=True)
 """
 
 

@@ -43,17 +43,20 @@ class Guardian:
         self._parent = parent
         self._process: subprocess.Popen[bytes] | None = None
         self._told_to_end = False
+        self._parent_ended = False
         signal.signal(signal.SIGTERM, self._end)
+        signal.signal(signal.SIGHUP, self._end_orphaned)
         library = ctypes.CDLL(None)
         library.prctl(_PR_SET_CHILD_SUBREAPER, 1)
-        library.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        library.prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)
         if self.orphaned:  # since before the kernel was asked to tell
             self._told_to_end = True
 
     @property
     def orphaned(self) -> bool:
-        """Whether the parent is gone."""
-        return os.getppid() != self._parent
+        """Whether the parent is gone, or about to be: the kernel tells before its last thread has
+        ended."""
+        return self._parent_ended or os.getppid() != self._parent
 
     def run(self, command: Sequence[str]) -> int:
         """Run the command until it ends or is ended; returns its exit status when all that it
@@ -71,6 +74,10 @@ class Guardian:
     def _end(self, _signal: int, _frame: FrameType | None) -> None:
         self._told_to_end = True
         self._kill()
+
+    def _end_orphaned(self, number: int, frame: FrameType | None) -> None:
+        self._parent_ended = True
+        self._end(number, frame)
 
     def _kill(self) -> None:
         if self._process is not None:
