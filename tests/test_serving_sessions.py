@@ -182,7 +182,8 @@ def settled(demo_server: RunningServer) -> dict[str, float]:
     )
 
 
-# It pushes for ever, so that whenever it ends some reply is under way.
+# It pushes for ever, and faster than it is answered, so that whenever it ends some reply is under
+# way: without one Triton tells nobody that a connection is gone.
 CLIENT_PROGRAM = """
 import sys
 import threading
@@ -191,7 +192,7 @@ from framesink.client import SessionSettings, connect
 session = connect(sys.argv[1]).session(
     settings=SessionSettings(frame_format="raw", max_in_flight=4, model=sys.argv[2])
 )
-frames = np.random.default_rng(3).integers(0, 256, (2, 1000, 1000, 3), np.uint8)
+frames = np.random.default_rng(3).integers(0, 256, (2, 112, 112, 3), np.uint8)
 def push():
     while True:
         session.push(frames)
