@@ -7,17 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from reference.dense_policies import DenseSinkWindow
+from reference.executor_sessions import engine_of, words
 from reference.recording import RecordingExecutor
 from reference.scenario import NUM_PAGES, Scenario
 
 from framesink.runtime.bundle import Bundle
-from framesink.runtime.engine import StreamingEngine
 from framesink.runtime.errors import BundleError, CapacityError, FramesinkError
 from framesink.runtime.executors import create_executor
 from framesink.runtime.executors.base import (
     ChoosingExecutor,
     ContextView,
-    Executor,
     FrameEncoder,
     SequenceInput,
 )
@@ -59,33 +58,6 @@ def cpu_executor(bundle: Bundle, **options: object) -> CudaExecutor:
     }
     weights = BundleWeights(bundle, torch.device("cpu"))
     return CudaExecutor(manifest.model, manifest.preprocess, weights, manifest.limits, **given)
-
-
-def engine_of(bundle: Bundle, executor: Executor) -> StreamingEngine:
-    manifest = bundle.manifest
-    return StreamingEngine(
-        executor,
-        manifest.model,
-        bundle.protocol(),
-        manifest.preprocess,
-        manifest.streaming,
-        manifest.limits,
-        threaded=False,
-    )
-
-
-def words(engine: StreamingEngine, scenario: Scenario, chunks: int) -> list[tuple[int, ...]]:
-    """The tokens of every reply of one session."""
-    said = []
-    with scenario.open_session(engine) as session:
-        for number in range(chunks):
-            question = scenario.questions.get(number)
-            if question is not None:
-                session.ask(question)
-            session.push_chunk(scenario.chunk(number))
-            said.append(list(session)[-1].tokens)
-        assert session.stats().evicted_tokens > 0
-    return said
 
 
 def test_forty_chunks_with_evictions(tiny_bundle: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from reference.dense_policies import DenseSinkWindow
+from reference.executor_sessions import engine_of, words
 from reference.paged_stream import PAGE, PagedStream, make_conversation
 from reference.quantized_checkpoint import write_quantized_checkpoint
 from reference.recording import RecordingExecutor
@@ -17,10 +18,8 @@ from framesink.build.options import BuildOptions
 from framesink.build.pipeline import build_bundle
 from framesink.build.reporter import SilentReporter
 from framesink.runtime.bundle import Bundle
-from framesink.runtime.engine import StreamingEngine
 from framesink.runtime.errors import BundleError, CapacityError, FramesinkError
 from framesink.runtime.executors import create_executor
-from framesink.runtime.executors.base import Executor
 from framesink.runtime.models.companion_files import companion_files
 from framesink.runtime.models.quantization import CacheScheme, LinearScheme
 from framesink.runtime.preprocess import Grid
@@ -54,33 +53,6 @@ def bundle(
 
 def package_of(bundle: Bundle) -> str:
     return bundle.manifest.language_model.plans[0].builder
-
-
-def engine_of(bundle: Bundle, executor: Executor) -> StreamingEngine:
-    manifest = bundle.manifest
-    return StreamingEngine(
-        executor,
-        manifest.model,
-        bundle.protocol(),
-        manifest.preprocess,
-        manifest.streaming,
-        manifest.limits,
-        threaded=False,
-    )
-
-
-def words(engine: StreamingEngine, scenario: Scenario, chunks: int) -> list[tuple[int, ...]]:
-    """The tokens of every reply of one session."""
-    said = []
-    with scenario.open_session(engine) as session:
-        for number in range(chunks):
-            question = scenario.questions.get(number)
-            if question is not None:
-                session.ask(question)
-            session.push_chunk(scenario.chunk(number))
-            said.append(list(session)[-1].tokens)
-        assert session.stats().evicted_tokens > 0
-    return said
 
 
 def test_forty_chunks_with_evictions(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

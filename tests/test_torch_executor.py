@@ -8,16 +8,15 @@ import numpy as np
 import pytest
 from reference.comparison import assert_same_turn
 from reference.dense_policies import DenseSinkWindow
+from reference.executor_sessions import engine_of
 from reference.parity import dense_stream
 from reference.recording import RecordingExecutor
 from reference.scenario import NUM_PAGES, Scenario
 
 from framesink.runtime.arrays import Float32Array
 from framesink.runtime.bundle import Bundle
-from framesink.runtime.engine import StreamingEngine
 from framesink.runtime.errors import CapacityError, CheckpointError
 from framesink.runtime.executors import create_executor
-from framesink.runtime.executors.base import Executor
 from framesink.runtime.models.checkpoint import Checkpoint
 from framesink.runtime.models.quantization import Quantization
 
@@ -37,19 +36,6 @@ EVICTING = Scenario(
 )
 
 
-def _engine(bundle: Bundle, executor: Executor) -> StreamingEngine:
-    manifest = bundle.manifest
-    return StreamingEngine(
-        executor,
-        manifest.model,
-        bundle.protocol(),
-        manifest.preprocess,
-        manifest.streaming,
-        manifest.limits,
-        threaded=False,
-    )
-
-
 def test_forty_chunks_with_evictions_are_those_of_the_dense_reference(
     tiny_checkpoint: Path,
     tiny_bundle: Path,
@@ -60,7 +46,7 @@ def test_forty_chunks_with_evictions_are_those_of_the_dense_reference(
     recorder = RecordingExecutor(
         TorchExecutor(Checkpoint.open(tiny_checkpoint), num_pages=NUM_PAGES, page_size=4)
     )
-    with _engine(bundle, recorder) as engine:
+    with engine_of(bundle, recorder) as engine:
         session = EVICTING.open_session(engine)
         for number in range(40):
             question = EVICTING.questions.get(number)
@@ -82,7 +68,7 @@ def test_logits_are_those_of_the_executed_graph(tiny_checkpoint: Path, tiny_bund
     steps = []
     for executor in (graph, ours):
         recorder = RecordingExecutor(executor)
-        with _engine(bundle, recorder) as engine:
+        with engine_of(bundle, recorder) as engine:
             session = EVICTING.open_session(engine)
             for number in range(6):
                 session.push_chunk(EVICTING.chunk(number))
@@ -102,7 +88,7 @@ def _logits(checkpoint: Path, bundle: Bundle, **options: object) -> list[Float32
     recorder = RecordingExecutor(
         TorchExecutor(Checkpoint.open(checkpoint), num_pages=NUM_PAGES, **options)
     )
-    with _engine(bundle, recorder) as engine:
+    with engine_of(bundle, recorder) as engine:
         session = EVICTING.open_session(engine)
         for number in range(3):
             session.push_chunk(EVICTING.chunk(number))
