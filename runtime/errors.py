@@ -1,5 +1,9 @@
 """Errors a caller can act on: one clear sentence, and the exit code the command line ends with."""
 
+import logging
+
+_log = logging.getLogger(__name__)
+
 
 class FramesinkError(Exception):
     """Base of every error framesink raises on purpose; the message is one sentence for a person."""
@@ -65,3 +69,11 @@ class OutputError(FramesinkError):
 
 class SessionClosedError(FramesinkError):
     """A session was used after it was closed."""
+
+
+def error_sentence(what: str, error: Exception) -> str:
+    """One sentence for a session's error event; surprises are logged with their traceback."""
+    if isinstance(error, FramesinkError):
+        return str(error)
+    _log.error("%s", what, exc_info=error)
+    return f"{what} ({type(error).__name__}: {error})."

@@ -116,8 +116,8 @@ class PagedWorker:
 
     def stats(self) -> EngineStats:
         """See Worker."""
-        figures, pool = self._loop.figures, self._pool
-        steps, encoded = max(1, figures.steps), max(1, figures.encoded)
+        figures, encoding, pool = self._loop.figures, self._loop.encoding_figures, self._pool
+        steps, chunks = max(1, figures.steps), max(1, encoding.chunks)
         return EngineStats(
             sessions=self._loop.sessions,
             pages_used=pool.used,
@@ -125,11 +125,11 @@ class PagedWorker:
             pages_total=pool.capacity,
             steps=figures.steps,
             tokens=figures.tokens,
-            encoded_chunks=figures.encoded,
+            encoded_chunks=encoding.chunks,
             mean_batch=figures.shares / steps,
             mean_step_seconds=figures.step_seconds / steps,
             last_step_seconds=figures.last_step_seconds,
-            mean_encode_seconds=figures.encode_seconds / encoded,
+            mean_encode_seconds=encoding.seconds / chunks,
             gpu_seconds=self._timed.gpu_seconds() if self._timed else {},
         )
 

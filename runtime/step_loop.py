@@ -1,6 +1,5 @@
 """The engine's loop body: begin turns, encode chunks, run one step, hand out its logits."""
 
-import logging
 import threading
 import time
 from collections.abc import Iterable
@@ -8,23 +7,20 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from framesink.runtime.arrays import Float32Array, Int32Array
-from framesink.runtime.errors import FramesinkError, SessionClosedError
+from framesink.runtime.encoding import ChunkEncoder, EncodingFigures
+from framesink.runtime.errors import SessionClosedError, error_sentence
 from framesink.runtime.executors.base import (
     ChoosingExecutor,
     Executor,
-    FrameEncoder,
     SequenceInput,
 )
 from framesink.runtime.observer import EngineObserver, StepReport
 from framesink.runtime.prefix import Prefix, PrefixCache
-from framesink.runtime.scheduler import Encoding, Scheduler, Share, Work
+from framesink.runtime.scheduler import Scheduler, Share, Work
 from framesink.runtime.sequence import Sequence
-from framesink.runtime.session_input import PreparedChunk
 
 FINISHED = "The session was finished and takes no more input; open another."
 CLOSED = "The session was closed; open another."
-
-_log = logging.getLogger(__name__)
 
 
 class Stepped(Protocol):
@@ -48,8 +44,6 @@ class LoopFigures:
     tokens: int = 0
     step_seconds: float = 0.0
     last_step_seconds: float = 0.0
-    encoded: int = 0
-    encode_seconds: float = 0.0
 
 
 class StepLoop:
@@ -66,14 +60,19 @@ class StepLoop:
         self.figures = LoopFigures()
         self._executor = executor
         self._chooser = executor if isinstance(executor, ChoosingExecutor) else None
-        self._frame_encoder = executor if isinstance(executor, FrameEncoder) else None
         self._prefixes = prefixes
         self._scheduler = scheduler
         self._observer = observer
+        self._encoder = ChunkEncoder(executor, scheduler, observer, self._fail)
         self._sequences: dict[int, Sequence] = {}
         self._retiring: set[int] = set()
         self._stopped: str | None = None
         self._changed = threading.Condition()
+
+    @property
+    def encoding_figures(self) -> EncodingFigures:
+        """What encoding has come to."""
+        return self._encoder.figures
 
     @property
     def sessions(self) -> int:
@@ -121,7 +120,7 @@ class StepLoop:
         """One round: some chunks encoded and one step run. False if there was nothing to do."""
         self.run_retirements()
         begun = [self._begin(sequence) for sequence in self._open_sequences()]
-        encoded = self._encode()
+        encoded = self._encoder.run(self._open_sequences())
         for sequence in self._open_sequences():
             self._make_room(sequence)
         stepped = self._step()
@@ -156,37 +155,6 @@ class StepLoop:
             sequence.make_room()
         except Exception as error:  # whatever it is, it ends this session alone
             self._fail(sequence, error_sentence("A turn could not begin", error))
-
-    def _encode(self) -> bool:
-        """Encode the chunks whose replies are due first."""
-        waiting = {
-            sequence.number: (sequence, chunk)
-            for sequence in self._open_sequences()
-            if (chunk := sequence.chunk_to_encode) is not None
-        }
-        chosen = self._scheduler.schedule_encoding(
-            Encoding(number, sequence.deadline, chunk.grid.patches)
-            for number, (sequence, chunk) in waiting.items()
-        )
-        for number in chosen:
-            sequence, chunk = waiting[number]
-            started = time.monotonic()
-            try:
-                sequence.encoded(self._encode_chunk(chunk))
-            except Exception as error:
-                self._fail(
-                    sequence, error_sentence(f"{self._executor.name} could not encode", error)
-                )
-            seconds = time.monotonic() - started
-            self.figures.encoded += 1
-            self.figures.encode_seconds += seconds
-            self._observer.encoded(chunk.grid.patches, seconds)
-        return bool(chosen)
-
-    def _encode_chunk(self, chunk: PreparedChunk) -> Float32Array:
-        if self._frame_encoder is not None and chunk.pixels is not None:
-            return self._frame_encoder.encode_frames(chunk.pixels, chunk.grid)
-        return self._executor.encode_vision(chunk.content, chunk.grid)
 
     def _step(self) -> bool:
         """Write one step's tokens and hand out its logits."""
@@ -277,11 +245,3 @@ class StepLoop:
             del self._sequences[sequence.number]
             self._changed.notify_all()
         sequence.hang_up()
-
-
-def error_sentence(what: str, error: Exception) -> str:
-    """One sentence for the session's error event; surprises are logged with their traceback."""
-    if isinstance(error, FramesinkError):
-        return str(error)
-    _log.error("%s", what, exc_info=error)
-    return f"{what} ({type(error).__name__}: {error})."

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from framesink.runtime.errors import FramesinkError, SessionClosedError
+from framesink.runtime.errors import FramesinkError, SessionClosedError, error_sentence
 from framesink.runtime.event_stream import EventStream
 from framesink.runtime.manifest import Limits
 from framesink.runtime.models.config import ModelConfig
@@ -18,7 +18,7 @@ from framesink.runtime.sampler import SamplingParams
 from framesink.runtime.session_input import SessionInput
 from framesink.runtime.session_plan import SessionPlan
 from framesink.runtime.stats import EngineStats, SessionStats
-from framesink.runtime.step_loop import CLOSED, FINISHED, error_sentence
+from framesink.runtime.step_loop import CLOSED, FINISHED
 
 
 @dataclass(slots=True)
