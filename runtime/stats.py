@@ -32,7 +32,8 @@ class EngineStats:
 
     `pages_used` of `pages_total` hold rows now, `pages_reserved` are promised to open sessions.
     `mean_batch` is sequences a step, `tokens` counts those written. Times are seconds.
-    `gpu_seconds` is what a GPU worked on vision, prefill and decode; empty where there is none.
+    `gpu_seconds` is what a GPU worked on vision, prefill and decode and, as `busy`, on anything:
+    less than their sum where it worked on two at once. It is empty where there is no GPU.
     """
 
     sessions: int

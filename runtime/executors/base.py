@@ -118,5 +118,6 @@ class TimedExecutor(Protocol):
     """An executor that knows what its GPU does."""
 
     def gpu_seconds(self) -> dict[str, float]:
-        """Seconds the GPU has worked on `vision`, `prefill` and `decode` since the start."""
+        """Seconds the GPU has worked on `vision`, `prefill` and `decode` since the start, and as
+        `busy` on any of them."""
         ...

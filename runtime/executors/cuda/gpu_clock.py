@@ -1,25 +1,47 @@
 """How long the GPU works on what, read without waiting for it in between."""
 
 import threading
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 
+# What the time in which the GPU worked on anything is called.
+BUSY = "busy"
 # Events that wait take memory.
 _COLLECT_AT = 1000
 
 
-class GpuClock:
-    """Sums the GPU's seconds by name. One thread measures, any may read.
+class CoveredTime:
+    """The length of a union of spans, which come roughly in the order of their begins."""
 
-    A span is known once the GPU has passed it.
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._until = float("-inf")
+
+    def add(self, spans: Iterable[tuple[float, float]]) -> None:
+        """Count spans (begin, end), in seconds, that do not begin before those of earlier calls; of
+        one that does, what lies before the end of all others is not counted."""
+        for begin, end in sorted(spans):
+            self.seconds += max(0.0, end - max(begin, self._until))
+            self._until = max(self._until, end)
+
+
+class GpuClock:
+    """Sums the GPU's seconds by name, and those in which it worked on anything. One thread
+    measures, any may read.
+
+    A span is known once the GPU has passed it and all that were launched before it.
     """
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
-        self._open: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._busy = CoveredTime()
+        self._open: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
+        # Times are told from this event, which moves along: events tell float32 milliseconds.
+        self._origin: torch.cuda.Event | None = None
+        self._origin_seconds = 0.0
         self._lock = threading.Lock()
 
     @contextmanager
@@ -35,16 +57,23 @@ class GpuClock:
                 self._collect()
 
     def seconds(self) -> dict[str, float]:
-        """The sums of all spans that are over."""
+        """The sums of all spans that are over, and under `BUSY` the time that any of them took:
+        less than their sum where the GPU worked on two at once."""
         with self._lock:
             self._collect()
-            return dict(self._seconds)
+            return {**self._seconds, BUSY: self._busy.seconds}
 
     def _collect(self) -> None:
-        waiting = []
-        for name, begin, end in self._open:
-            if end.query():
-                self._seconds[name] += begin.elapsed_time(end) / 1000.0
-            else:
-                waiting.append((name, begin, end))
-        self._open = waiting
+        spans: list[tuple[float, float]] = []
+        origin = self._origin
+        while self._open and self._open[0][2].query():
+            name, begin, end = self._open.popleft()
+            seconds = begin.elapsed_time(end) / 1000.0
+            self._seconds[name] += seconds
+            origin = origin or begin
+            since = origin.elapsed_time(begin) / 1000.0
+            spans.append((self._origin_seconds + since, self._origin_seconds + since + seconds))
+            last, last_seconds = begin, self._origin_seconds + since
+        if spans:
+            self._busy.add(spans)
+            self._origin, self._origin_seconds = last, last_seconds
