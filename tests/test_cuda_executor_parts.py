@@ -97,8 +97,9 @@ def test_a_list_is_sent_anew_only_when_it_has_to_be() -> None:
     staging.send()
     tables.store(pending)
     sent = tables.read(torch.tensor([tracked.row]))
-    assert sent.counts.tolist() == [20]
-    assert sorted(sent.bases[0, :20].tolist()) == list(range(-19, 1))
+    (row,) = sent.rows.tolist()
+    assert sent.counts[row] == 20
+    assert sorted(sent.bases[row, :20].tolist()) == list(range(-19, 1))
     tables.add_row(tracked, _row(36, -20, _view(20, 0)))
     again = tables.track(_view(21, 0), in_use=())
     assert again is tracked

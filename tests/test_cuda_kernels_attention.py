@@ -105,10 +105,13 @@ def stack(arrays: list[AnyArray]) -> Tensor:
 
 
 def device_tiles(tables: list[TileTable]) -> DeviceTiles:
+    """The tables in another order than the sequences they belong to."""
+    stored = tables[::-1]
     return DeviceTiles(
-        stack([table.bases[: table.count] for table in tables]),
-        stack([table.slots[: table.count] for table in tables]),
-        to_device(np.array([table.count for table in tables], np.int32)),
+        stack([table.bases[: table.count] for table in stored]),
+        stack([table.slots[: table.count] for table in stored]),
+        to_device(np.array([table.count for table in stored], np.int32)),
+        to_device(np.arange(len(tables), dtype=np.int32)[::-1]),
     )
 
 

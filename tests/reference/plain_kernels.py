@@ -177,10 +177,11 @@ def _context_scores(
     page_size = k_pages.shape[2]
     scores = [queries.new_empty(queries.shape[1], len(queries), 0)]
     values = [queries.new_empty(0, *v_pages.shape[1:2], v_pages.shape[3])]
-    for tile in range(int(tiles.counts[sequence])):
-        base = int(tiles.bases[sequence, tile])
+    context = int(tiles.rows[sequence])
+    for tile in range(int(tiles.counts[context])):
+        base = int(tiles.bases[context, tile])
         turned = _rotate(queries, torch.full((3, len(queries)), abs(base)), rotary, back=base > 0)
-        slots = tiles.slots[sequence, tile]
+        slots = tiles.slots[context, tile]
         slots = slots[slots != NO_SLOT].long()
         keys = k_pages[slots // page_size, :, slots % page_size]
         scores.append(_scores(turned, keys))

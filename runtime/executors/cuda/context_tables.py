@@ -112,8 +112,8 @@ class ContextTables:
         self._counts[rows] = counts
 
     def read(self, rows: Tensor) -> DeviceTiles:
-        """The lists in rows int64 `[B]`. Can be captured in a graph."""
-        return DeviceTiles(self._bases[rows], self._slots[rows], self._counts[rows])
+        """The lists in rows int32 `[B]`, where they lie."""
+        return DeviceTiles(self._bases, self._slots, self._counts, rows)
 
     def _give_row(self, in_use: Collection[int]) -> int:
         if self._free:

@@ -134,9 +134,9 @@ class DecodeRunner:
 
     def _forward(self, size: int) -> StepResult:
         inputs = self._inputs[:, :size]
-        rows = inputs[_Field.ROW].long()
+        rows = inputs[_Field.ROW]
         self._tables.patch(
-            rows,
+            rows.long(),
             inputs[_Field.TILE].long(),
             inputs[_Field.TILE_BASE],
             inputs[_Field.TILE_SLOTS :].T,

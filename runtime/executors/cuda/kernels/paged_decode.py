@@ -58,6 +58,7 @@ def paged_decode(
         tiles.bases,
         tiles.slots,
         tiles.counts,
+        tiles.rows,
         k_pages,
         v_pages,
         parts.values,
@@ -98,6 +99,7 @@ def _paged_decode(
     tile_bases,
     tile_slots,
     tile_counts,
+    tile_rows,
     k_pages,
     v_pages,
     values,
@@ -119,10 +121,11 @@ def _paged_decode(
     head = tl.program_id(1)
     split = tl.program_id(2)
     splits = tl.num_programs(2)
-    count = tl.load(tile_counts + sequence)
+    context = tl.load(tile_rows + sequence)
+    count = tl.load(tile_counts + context)
     share = tl.cdiv(count, splits)
-    begin = sequence * tiles_stride + split * share
-    end = sequence * tiles_stride + tl.minimum((split + 1) * share, count)
+    begin = context * tiles_stride + split * share
+    end = context * tiles_stride + tl.minimum((split + 1) * share, count)
 
     HEAD_DIM: tl.constexpr = 2 * HALF
     row = tl.arange(0, ROWS)

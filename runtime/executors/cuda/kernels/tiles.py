@@ -24,16 +24,17 @@ _INITIAL_TILES = 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeviceTiles:
-    """The tiles of B sequences on the GPU, padded to T.
+    """The tiles of R contexts on the GPU, padded to T, and which of those B sequences have.
 
-    `bases` int32 `[B, T]`. `slots` int32 `[B, T, 64]`: the rows of each tile, `NO_SLOT` where it
-    has none. `counts` int32 `[B]`: how many tiles a sequence has, 0 for one that only fills up the
-    batch.
+    `bases` int32 `[R, T]`. `slots` int32 `[R, T, 64]`: the rows of each tile, `NO_SLOT` where it
+    has none. `counts` int32 `[R]`: how many tiles a context has, 0 for that of a sequence that only
+    fills up the batch. `rows` int32 `[B]`: each sequence's context.
     """
 
     bases: "Tensor"
     slots: "Tensor"
     counts: "Tensor"
+    rows: "Tensor"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
