@@ -11,6 +11,9 @@ from typing import Protocol, runtime_checkable
 from framesink.runtime.arrays import BoolArray, Float32Array, Int32Array, UInt8Array
 from framesink.runtime.preprocess import Grid
 
+# In the place of a token id: see SequenceInput.
+NEXT_TOKEN = -1
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ContextView:
@@ -24,7 +27,7 @@ class ContextView:
     changes, so an executor may store keys rotated by it and rotate queries by the base instead.
     `edition` names the context and counts its changes other than added rows: of two views of one
     edition the later has the earlier's rows where they were, so an executor may keep what it made
-    of them.
+    of them. `rows` is how many slots are valid, where that is known.
     """
 
     block_table: Int32Array
@@ -32,14 +35,17 @@ class ContextView:
     valid: BoolArray
     bases: Int32Array | None = None
     edition: tuple[int, int] | None = None
+    rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SequenceInput:
     """One session's share of a step: s ≥ 1 new tokens, appended after its context.
 
-    `token_ids` int32 `[s]`. `vision_embeddings` float32 `[v, hidden]` replaces, in order, the
-    embeddings of the v video placeholder tokens among them (None when there are none).
+    `token_ids` int32 `[s]`; `NEXT_TOKEN` alone is the one that the session's step before chooses,
+    which has been launched and not been collected (see LaunchingExecutor). `vision_embeddings`
+    float32 `[v, hidden]` replaces, in order, the embeddings of the v video placeholder tokens among
+    them (None when there are none).
     `positions` int32 `[3, s]`. `slots` int32 `[s]`: where each new K/V row goes, as
     `page * page_size + row`. `context` does not include the new tokens.
     `needs_logits` is False for a prefill part that is not the last of its prompt. `bases` int32
@@ -100,6 +106,25 @@ class ChoosingExecutor(Executor, Protocol):
     def step_and_choose(self, batch: Sequence[SequenceInput]) -> list[Float32Array | int | None]:
         """As `step`, but with the likeliest token that is not suppressed in place of logits, for a
         sequence whose `suppressed` is given. It may answer with logits all the same."""
+        ...
+
+
+@runtime_checkable
+class LaunchingExecutor(ChoosingExecutor, Protocol):
+    """One whose steps are worked on elsewhere, one after the other, while the host goes on.
+
+    K/V rows of a launched step count as written for every step launched later. So slots may be
+    given away, and written anew, while a step that reads or writes them is under way.
+    """
+
+    def launch(self, batch: Sequence[SequenceInput]) -> object:
+        """Begin a step; `batch` is not read after the return. At most two steps are launched and
+        not collected."""
+        ...
+
+    def collect(self, launched: object) -> list[Float32Array | int | None]:
+        """Wait for the oldest step not collected yet, which `launch` returned: its answers, as
+        `step_and_choose` gives them."""
         ...
 
 
