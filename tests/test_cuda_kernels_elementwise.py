@@ -14,7 +14,7 @@ from torch import Tensor
 
 from framesink.calibration.formats import FP8, INT8, NumberFormat, quantize
 from framesink.runtime.executors.cuda.kernels import activation
-from framesink.runtime.executors.cuda.kernels.activation import rotate_heads, silu_and_multiply
+from framesink.runtime.executors.cuda.kernels.activation import silu_and_multiply
 from framesink.runtime.executors.cuda.kernels.formats import OutputFormat
 from framesink.runtime.executors.cuda.kernels.normalization import rms_norm
 
@@ -66,20 +66,6 @@ def test_the_gate(shape: tuple[int, int], dtype: torch.dtype) -> None:
     out = torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
     silu_and_multiply(gate_up, out, OutputFormat(dtype))
     assert error(out, gate / (1 + (-gate).exp()) * up) < TOLERANCE[dtype]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rotated_heads(dtype: torch.dtype) -> None:
-    heads, half = 3, 40
-    qkv = random(7, 3 * heads * 2 * half, dtype=dtype)
-    angles = torch.arange(7 * half, device=DEVICE).view(7, half).float()
-    pairs = qkv.double().view(7, 3, heads, 2, half)
-    turned = torch.complex(pairs[:, :2, :, 0], pairs[:, :2, :, 1])
-    turned = turned * torch.polar(torch.ones_like(angles), angles)[:, None, None]
-    expected = pairs.clone()
-    expected[:, :2, :, 0], expected[:, :2, :, 1] = turned.real, turned.imag
-    rotate_heads(qkv, angles.cos(), angles.sin(), heads)
-    assert error(qkv, expected.flatten(1)) < TOLERANCE[dtype]
 
 
 def expected_codes(

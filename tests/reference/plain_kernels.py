@@ -3,14 +3,49 @@
 A module in the place of `framesink.runtime.executors.cuda.kernel_operations`.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from framesink.runtime.executors.cuda.kernels.formats import OutputFormat
 from framesink.runtime.executors.cuda.kernels.linear import Weights
+from framesink.runtime.executors.cuda.kernels.pages import LayerPages
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
+from framesink.runtime.executors.cuda.kernels.step_tokens import (
+    NEXT_TOKEN,
+    NOT_FINITE,
+    Choosing,
+    TileChanges,
+)
 from framesink.runtime.executors.cuda.kernels.tiles import NO_SLOT, DeviceRows, DeviceTiles
+
+
+def begin_step(
+    tokens: Tensor,
+    last_tokens: Tensor,
+    embedding: Tensor,
+    tiles: DeviceTiles,
+    changes: TileChanges,
+    hidden: Tensor,
+) -> None:
+    """Patch the tables, and look the embeddings up."""
+    rows = tiles.rows.long()
+    tiles.bases[rows, changes.tiles.long()] = changes.bases
+    tiles.slots[rows, changes.tiles.long()] = changes.slots.T
+    tiles.counts[rows] = changes.counts
+    chosen = last_tokens[rows].clamp(min=0)
+    hidden.copy_(embedding[torch.where(tokens == NEXT_TOKEN, chosen, tokens)])
+
+
+def choose_likeliest(logits: Tensor, rows: Tensor, choosing: Choosing, tokens: Tensor) -> None:
+    """The first of the largest."""
+    permitted = logits.float().masked_fill(choosing.allowed == 0, -torch.inf)
+    best = permitted.amax(dim=1)
+    first = (permitted == best[:, None]).to(torch.int32).argmax(dim=1)
+    tokens.copy_(torch.where(best.isfinite(), first, NOT_FINITE))
+    choosing.last_tokens[rows.long()] = tokens
 
 
 def rotate_and_append(
@@ -19,18 +54,18 @@ def rotate_and_append(
     positions: Tensor,
     bases: Tensor,
     slots: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: LayerPages,
 ) -> None:
     """Keys rotated by their places, and values, into their slots; all rotated by their positions in
     place."""
-    key_heads, page_size, head_dim = k_pages.shape[1:]
+    key_heads, page_size, head_dim = pages.keys.shape[1:]
     heads = qkv.view(len(qkv), -1, head_dim)
     keys, values = heads[:, -2 * key_heads : -key_heads], heads[:, -key_heads:]
     kept = slots >= 0
-    pages, rows = slots[kept].long() // page_size, slots[kept].long() % page_size
-    k_pages[pages, :, rows] = _rotate(keys, positions - bases, rotary)[kept].to(k_pages.dtype)
-    v_pages[pages, :, rows] = values[kept]
+    numbers, rows = slots[kept].long() // page_size, slots[kept].long() % page_size
+    turned = _rotate(keys, positions - bases, rotary)
+    pages.keys[numbers, :, rows] = turned[kept].to(pages.keys.dtype)
+    pages.values[numbers, :, rows] = values[kept]
     turned = heads[:, :-key_heads]
     turned.copy_(_rotate(turned, positions, rotary))
 
@@ -39,16 +74,15 @@ def paged_decode(
     qkv: Tensor,
     rotary: RotaryTable,
     tiles: DeviceTiles,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: LayerPages,
     out: Tensor,
     output_format: OutputFormat,
 ) -> None:
     """Every sequence by itself."""
     result = torch.zeros(out.shape)
     for index in range(len(qkv)):
-        queries = _queries(qkv[index : index + 1], k_pages, out)
-        scores, values = _context_scores(queries, rotary, tiles, index, k_pages, v_pages)
+        queries = _queries(qkv[index : index + 1], pages, out)
+        scores, values = _context_scores(queries, rotary, tiles, index, pages)
         result[index] = _mix(scores, values).flatten()
     quantize(result, out, output_format)
 
@@ -59,14 +93,13 @@ def paged_prefill(
     starts: Tensor,
     longest: int,
     rows: DeviceRows,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: LayerPages,
     out: Tensor,
     output_format: OutputFormat,
 ) -> None:
     """Every sequence by itself, its context before its new tokens, keys at their positions."""
     result = torch.zeros(out.shape)
-    key_heads, page_size, head_dim = k_pages.shape[1:]
+    key_heads, page_size, head_dim = pages.keys.shape[1:]
     bounds = starts.tolist()
     for index in range(len(bounds) - 1):
         part = slice(bounds[index], bounds[index + 1])
@@ -74,13 +107,13 @@ def paged_prefill(
         assert 0 < new <= longest
         assert old <= rows.slots.shape[1]
         slots, bases = rows.slots[index, :old].long(), rows.bases[index, :old]
-        older = k_pages[slots // page_size, :, slots % page_size]
+        older = pages.keys[slots // page_size, :, slots % page_size]
         turned = torch.empty(older.shape)
         for sign in (-1, 1):
             chosen = bases * sign >= 0
             angles = bases[chosen].abs().expand(3, -1)
             turned[chosen] = _rotate(older[chosen], angles, rotary, back=sign < 0)
-        older_values = v_pages[slots // page_size, :, slots % page_size].float()
+        older_values = pages.values[slots // page_size, :, slots % page_size].float()
         heads = qkv[part].float().view(new, -1, head_dim)
         keys = torch.cat([turned, heads[:, -2 * key_heads : -key_heads]])
         scores = _scores(heads[:, : -2 * key_heads], keys)
@@ -133,6 +166,30 @@ def rotate_heads(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
     rows.copy_(torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1))
 
 
+def window_attention(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    starts: Tensor,
+    longest: int,
+    heads: int,
+    out: Tensor,
+    output_format: OutputFormat,
+) -> None:
+    """Every window of the vision encoder by itself."""
+    turned = qkv.clone()
+    rotate_heads(turned, cos, sin, heads)
+    query, key, value = turned.view(len(qkv), 3, heads, -1).transpose(0, 2).unbind(1)
+    mixed = torch.empty(query.shape, dtype=qkv.dtype)
+    for start, end in pairwise(starts.tolist()):
+        assert 0 < end - start <= longest
+        window = slice(start, end)
+        mixed[:, window] = functional.scaled_dot_product_attention(
+            query[:, window], key[:, window], value[:, window]
+        )
+    quantize(mixed.transpose(0, 1).flatten(1), out, output_format)
+
+
 def linear(inputs: Tensor, weights: Weights, out: Tensor) -> None:
     """A linear layer, in float32."""
     product = inputs.float() @ weights.weight.float().T
@@ -154,9 +211,8 @@ def _rotate(heads: Tensor, places: Tensor, rotary: RotaryTable, *, back: bool = 
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def _queries(qkv: Tensor, k_pages: Tensor, out: Tensor) -> Tensor:
-    head_dim = k_pages.shape[3]
-    return qkv[:, : out.shape[1]].float().unflatten(1, (-1, head_dim))
+def _queries(qkv: Tensor, pages: LayerPages, out: Tensor) -> Tensor:
+    return qkv[:, : out.shape[1]].float().unflatten(1, (-1, pages.head_dim))
 
 
 def _scores(queries: Tensor, keys: Tensor) -> Tensor:
@@ -170,22 +226,21 @@ def _context_scores(
     rotary: RotaryTable,
     tiles: DeviceTiles,
     sequence: int,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: LayerPages,
 ) -> tuple[Tensor, Tensor]:
     """Scores `[H, s, m]` and values `[m, Hkv, D]` of a sequence's rows, tile after tile."""
-    page_size = k_pages.shape[2]
+    page_size = pages.page_size
     scores = [queries.new_empty(queries.shape[1], len(queries), 0)]
-    values = [queries.new_empty(0, *v_pages.shape[1:2], v_pages.shape[3])]
+    values = [queries.new_empty(0, pages.key_heads, pages.head_dim)]
     context = int(tiles.rows[sequence])
     for tile in range(int(tiles.counts[context])):
         base = int(tiles.bases[context, tile])
         turned = _rotate(queries, torch.full((3, len(queries)), abs(base)), rotary, back=base > 0)
         slots = tiles.slots[context, tile]
         slots = slots[slots != NO_SLOT].long()
-        keys = k_pages[slots // page_size, :, slots % page_size]
+        keys = pages.keys[slots // page_size, :, slots % page_size]
         scores.append(_scores(turned, keys))
-        values.append(v_pages[slots // page_size, :, slots % page_size].float())
+        values.append(pages.values[slots // page_size, :, slots % page_size].float())
     return torch.cat(scores, dim=2), torch.cat(values)
 
 

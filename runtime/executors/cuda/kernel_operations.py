@@ -1,17 +1,17 @@
 """The kernels, as `framesink.runtime.executors.cuda.operations.Operations`."""
 
-from framesink.runtime.executors.cuda.kernels.activation import (
-    quantize,
-    rotate_heads,
-    silu_and_multiply,
-)
+from framesink.runtime.executors.cuda.kernels.activation import quantize, silu_and_multiply
 from framesink.runtime.executors.cuda.kernels.append_rows import rotate_and_append
 from framesink.runtime.executors.cuda.kernels.linear import linear
 from framesink.runtime.executors.cuda.kernels.normalization import rms_norm
 from framesink.runtime.executors.cuda.kernels.paged_decode import paged_decode
 from framesink.runtime.executors.cuda.kernels.paged_prefill import paged_prefill
+from framesink.runtime.executors.cuda.kernels.step_tokens import begin_step, choose_likeliest
+from framesink.runtime.executors.cuda.kernels.vision_attention import rotate_heads, window_attention
 
 __all__ = [
+    "begin_step",
+    "choose_likeliest",
     "linear",
     "paged_decode",
     "paged_prefill",
@@ -20,4 +20,5 @@ __all__ = [
     "rotate_and_append",
     "rotate_heads",
     "silu_and_multiply",
+    "window_attention",
 ]

@@ -9,12 +9,33 @@ from torch import Tensor
 
 from framesink.runtime.executors.cuda.kernels.formats import OutputFormat
 from framesink.runtime.executors.cuda.kernels.linear import Weights
+from framesink.runtime.executors.cuda.kernels.pages import LayerPages
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
+from framesink.runtime.executors.cuda.kernels.step_tokens import Choosing, TileChanges
 from framesink.runtime.executors.cuda.kernels.tiles import DeviceRows, DeviceTiles
 
 
 class Operations(Protocol):
     """A module that has these functions will do."""
+
+    def begin_step(
+        self,
+        tokens: Tensor,
+        last_tokens: Tensor,
+        embedding: Tensor,
+        tiles: DeviceTiles,
+        changes: TileChanges,
+        hidden: Tensor,
+        /,
+    ) -> None:
+        """Bring contexts up to date, and embed a decode step's tokens."""
+        ...
+
+    def choose_likeliest(
+        self, logits: Tensor, rows: Tensor, choosing: Choosing, tokens: Tensor, /
+    ) -> None:
+        """The likeliest tokens that may be chosen."""
+        ...
 
     def rotate_and_append(
         self,
@@ -23,8 +44,7 @@ class Operations(Protocol):
         positions: Tensor,
         bases: Tensor,
         slots: Tensor,
-        k_pages: Tensor,
-        v_pages: Tensor,
+        pages: LayerPages,
         /,
     ) -> None:
         """Rotate queries and keys in place by their positions, and write new rows into the pages,
@@ -36,8 +56,7 @@ class Operations(Protocol):
         qkv: Tensor,
         rotary: RotaryTable,
         tiles: DeviceTiles,
-        k_pages: Tensor,
-        v_pages: Tensor,
+        pages: LayerPages,
         out: Tensor,
         output: OutputFormat,
         /,
@@ -52,8 +71,7 @@ class Operations(Protocol):
         starts: Tensor,
         longest: int,
         rows: DeviceRows,
-        k_pages: Tensor,
-        v_pages: Tensor,
+        pages: LayerPages,
         out: Tensor,
         output: OutputFormat,
         /,
@@ -84,6 +102,21 @@ class Operations(Protocol):
 
     def rotate_heads(self, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, /) -> None:
         """Rotate the queries and keys of the vision encoder, in place."""
+        ...
+
+    def window_attention(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        starts: Tensor,
+        longest: int,
+        heads: int,
+        out: Tensor,
+        output: OutputFormat,
+        /,
+    ) -> None:
+        """Attention within the windows of the vision encoder, queries and keys rotated there."""
         ...
 
     def linear(self, inputs: Tensor, weights: Weights, out: Tensor, /) -> None:

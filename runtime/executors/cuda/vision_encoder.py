@@ -2,8 +2,8 @@
 
 Source: `transformers` `models/qwen2_5_vl/modeling_qwen2_5_vl.py`
 (`Qwen2_5_VisionTransformerPretrainedModel`). As there, patches are sorted by attention window, so
-that windows, and whole frames too, are runs of rows. Windows cut off at an edge are run apart by
-size: nothing is padded.
+that windows, and whole frames too, are runs of rows; nothing is padded. Frames do not see each
+other, so chunks of one frame size are encoded together as one chunk of more temporal steps.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from framesink.runtime.arrays import AnyArray
 from framesink.runtime.executors.cuda.capture import capture
-from framesink.runtime.executors.cuda.layers import Layers
+from framesink.runtime.executors.cuda.layers import Layers, Linear
 from framesink.runtime.executors.cuda.weights import VisionBlock, VisionEncoderWeights
 from framesink.runtime.models.config import VisionConfig
 from framesink.runtime.models.vision_segments import window_segments
@@ -32,17 +32,16 @@ class _Layout:
     """What depends on the grid alone.
 
     `order` int64 `[n]`: the patch that stands at each row. `merged_order` int64 `[n/merge²]`: the
-    row of each merged patch. `cos`, `sin` float32 `[n, D/2]`, by row. `windows` are the windows by
-    size: int64 `[windows, size]` of rows, None where all windows are of one size and so all rows in
-    order. `frames` counts temporal steps.
+    row of each merged patch. `cos`, `sin` float32 `[n, D/2]`, by row. `starts` int32 `[W + 1]`:
+    windows are rows from one to the next, `longest` at most. `frames` counts temporal steps.
     """
 
     order: Tensor
     merged_order: Tensor
     cos: Tensor
     sin: Tensor
-    windows: tuple[Tensor, ...] | None
-    window_size: int
+    starts: Tensor
+    longest: int
     frames: int
 
 
@@ -115,26 +114,30 @@ class VisionEncoder:
         layers, epsilon = self._layers, self._config.rms_norm_eps
         inputs = layers.rms_norm(hidden, block.attention_norm, epsilon, block.qkv, delta)
         qkv = layers.linear(inputs, block.qkv)
-        mixed = self._attend(qkv, layout, full=full)
-        delta = layers.linear(layers.encode(mixed, block.output), block.output)
+        mixed = self._attend(qkv, block.output, layout, full=full)
+        delta = layers.linear(mixed, block.output)
         inputs = layers.rms_norm(hidden, block.mlp_norm, epsilon, block.gate_up, delta)
         return layers.gated_mlp(inputs, block.gate_up, block.down)
 
-    def _attend(self, qkv: Tensor, layout: _Layout, *, full: bool) -> Tensor:
-        """Attention within windows, or within frames: `[n, 3·hidden]` to `[n, hidden]`."""
-        config = self._config
-        heads = config.num_heads
-        self._layers.operations.rotate_heads(qkv, layout.cos, layout.sin, heads)
-        rows = qkv.view(len(qkv), 3, heads, config.head_dim)
+    def _attend(self, qkv: Tensor, reader: Linear, layout: _Layout, *, full: bool) -> Tensor:
+        """Attention within windows, or within frames: `[n, 3·hidden]` to `[n, hidden]` in the form
+        `reader` wants."""
+        layers, heads = self._layers, self._config.num_heads
         if full:
-            return _attend_runs(rows, len(rows) // layout.frames)
-        if layout.windows is None:
-            return _attend_runs(rows, layout.window_size)
-        mixed = qkv.new_empty(len(qkv), heads * config.head_dim)
-        for index in layout.windows:
-            found = _attend_runs(rows[index.flatten()], index.shape[1])
-            mixed[index.flatten()] = found
+            layers.operations.rotate_heads(qkv, layout.cos, layout.sin, heads)
+            return layers.encode(self._attend_frames(qkv, layout.frames), reader)
+        mixed = layers.form((len(qkv), self._config.hidden_size), reader, qkv.device)
+        layers.operations.window_attention(
+            qkv, layout.cos, layout.sin, layout.starts, layout.longest, heads, mixed, reader.input
+        )
         return mixed
+
+    def _attend_frames(self, qkv: Tensor, frames: int) -> Tensor:
+        config = self._config
+        rows = qkv.view(frames, -1, 3, config.num_heads, config.head_dim)
+        query, key, value = (rows[:, :, part].transpose(1, 2) for part in range(3))
+        mixed = functional.scaled_dot_product_attention(query, key, value)
+        return mixed.transpose(1, 2).reshape(len(qkv), config.hidden_size)
 
     def _merge(self, hidden: Tensor, delta: Tensor | None) -> Tensor:
         layers, weights, config = self._layers, self._weights, self._config
@@ -152,10 +155,6 @@ class VisionEncoder:
         # Where a patch is among the windows, padding left out, is its row.
         order = np.argsort(segments.inverse, kind="stable")
         sizes = (segments.mask[:, 0, 0, :] == 0.0).sum(axis=1)
-        starts = np.cumsum(sizes) - sizes
-        windows = [
-            starts[sizes == size][:, None] + np.arange(size)[None, :] for size in np.unique(sizes)
-        ]
         row_of_patch = np.empty(grid.patches, np.int64)
         row_of_patch[order] = np.arange(grid.patches)
         cos, sin = vision_rotary([grid], config, "float32")
@@ -164,20 +163,10 @@ class VisionEncoder:
             merged_order=self._to_device(row_of_patch[:: config.merge_unit] // config.merge_unit),
             cos=self._to_device(cos[order]),
             sin=self._to_device(sin[order]),
-            windows=None
-            if len(windows) == 1
-            else tuple(self._to_device(index) for index in windows),
-            window_size=int(sizes[0]),
+            starts=self._to_device(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)),
+            longest=int(sizes.max()),
             frames=grid.t,
         )
 
     def _to_device(self, values: AnyArray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
-
-
-def _attend_runs(rows: Tensor, length: int) -> Tensor:
-    """Attention of `[n, 3, heads, D]` within runs of `length` rows: `[n, heads·D]`."""
-    runs = rows.unflatten(0, (-1, length))
-    query, key, value = (runs[:, :, part].transpose(1, 2) for part in range(3))
-    mixed = functional.scaled_dot_product_attention(query, key, value)
-    return mixed.transpose(1, 2).flatten(2).flatten(0, 1)

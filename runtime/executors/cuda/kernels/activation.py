@@ -1,4 +1,4 @@
-"""Elementwise steps: the MLP's gate, codes of a linear layer's input, the vision encoder's RoPE."""
+"""Elementwise steps: the MLP's gate, and codes of a linear layer's input."""
 
 import triton
 import triton.language as tl
@@ -42,24 +42,6 @@ def quantize(values: Tensor, out: Tensor, output_format: OutputFormat) -> None:
         SMOOTH=smoothing is not None,
         num_warps=4,
         **overlapping(out.device),
-    )
-
-
-def rotate_heads(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
-    """Rotate queries and keys of `qkv` `[n, 3·heads·D]` in place, pair j of a head being its
-    channels j and j + D/2, by `cos` and `sin` float32 `[n, D/2]`. Computed in float32."""
-    half = cos.shape[1]
-    _rotate_heads[(len(qkv),)](
-        qkv,
-        cos,
-        sin,
-        qkv.stride(0),
-        2 * heads,
-        half,
-        HEADS=triton.next_power_of_2(2 * heads),
-        HALF=triton.next_power_of_2(half),
-        num_warps=4,
-        **overlapping(qkv.device),
     )
 
 
@@ -107,29 +89,3 @@ def _quantize(
     if SMOOTH:
         value *= tl.load(smoothing + column, mask=exists, other=0.0)
     tl.store(out + start + column, encode(value, out_scale, out.dtype.element_ty), mask=exists)
-
-
-@triton.jit
-def _rotate_heads(
-    qkv,
-    cosines,
-    sines,
-    qkv_stride,
-    heads,
-    half,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    await_inputs(OVERLAP)
-    row = tl.program_id(0).to(tl.int64)
-    head = tl.arange(0, HEADS)[:, None]
-    pair = tl.arange(0, HALF)[None, :]
-    exists = (head < heads) & (pair < half)
-    address = qkv + row * qkv_stride + head * 2 * half + pair
-    first = tl.load(address, mask=exists, other=0.0).to(tl.float32)
-    second = tl.load(address + half, mask=exists, other=0.0).to(tl.float32)
-    cos = tl.load(cosines + row * half + pair, mask=pair < half, other=0.0)
-    sin = tl.load(sines + row * half + pair, mask=pair < half, other=0.0)
-    tl.store(address, first * cos - second * sin, mask=exists)
-    tl.store(address + half, second * cos + first * sin, mask=exists)
