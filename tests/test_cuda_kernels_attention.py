@@ -24,6 +24,7 @@ from framesink.runtime.executors.cuda.kernels.append_rows import rotate_and_appe
 from framesink.runtime.executors.cuda.kernels.formats import OutputFormat
 from framesink.runtime.executors.cuda.kernels.paged_decode import paged_decode
 from framesink.runtime.executors.cuda.kernels.paged_prefill import paged_prefill
+from framesink.runtime.executors.cuda.kernels.pages import LayerPages
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
 from framesink.runtime.executors.cuda.kernels.tiles import DeviceRows, DeviceTiles, TileTable
 
@@ -148,9 +149,8 @@ class Run:
             [t.flatten(1) for t in (self.queries, pool.keys[taken], pool.values[taken])], dim=1
         ).to(DEVICE, dtype)
         self.rotary = RotaryTable.make(sizes.head_dim, THETA, sizes.sections, 4096, DEVICE)
-        k_pages, v_pages = pool.stored(dtype)
-        self.k_pages, self.v_pages = k_pages.to(DEVICE), v_pages.to(DEVICE)
-        self.stored = self.k_pages.clone(), self.v_pages.clone()
+        self.stored = tuple(stored.to(DEVICE) for stored in pool.stored(dtype))
+        self.pages = LayerPages(*(stored.clone() for stored in self.stored))
         self.out = torch.full(
             (count, sizes.heads * sizes.head_dim), torch.nan, dtype=dtype, device=DEVICE
         )
@@ -158,8 +158,8 @@ class Run:
     def erase_new_rows(self) -> None:
         slots = to_device(self.slots[:-1]).long()
         page, row = slots // self.sizes.page_size, slots % self.sizes.page_size
-        self.k_pages[page, :, row] = torch.nan
-        self.v_pages[page, :, row] = torch.nan
+        self.pages.keys[page, :, row] = torch.nan
+        self.pages.values[page, :, row] = torch.nan
 
     def append(self) -> None:
         rotate_and_append(
@@ -168,8 +168,7 @@ class Run:
             to_device(self.positions.astype(np.int32)),
             to_device(self.bases.astype(np.int32)),
             to_device(self.slots.astype(np.int32)),
-            self.k_pages,
-            self.v_pages,
+            self.pages,
         )
 
     def prefill(self, generator: np.random.Generator, splits: int | None) -> Tensor:
@@ -181,8 +180,7 @@ class Run:
             to_device(starts),
             max(lengths),
             device_rows(tables_of([s.context for s in self.sequences], self.sizes, generator)),
-            self.k_pages,
-            self.v_pages,
+            self.pages,
             self.out,
             OutputFormat(self.dtype),
             splits,
@@ -194,8 +192,7 @@ class Run:
             self.qkv,
             self.rotary,
             device_tiles(tables_of([s.rows for s in self.sequences], self.sizes, generator)),
-            self.k_pages,
-            self.v_pages,
+            self.pages,
             self.out,
             OutputFormat(self.dtype),
             splits,
@@ -266,7 +263,7 @@ def test_rows_are_rotated_by_position_and_stored_by_place(sizes: Sizes, dtype: t
     run, _ = make_run(sizes, 4, dtype, (24, 3), 2)
     run.erase_new_rows()
     run.append()
-    for pages, stored in zip((run.k_pages, run.v_pages), run.stored, strict=True):
+    for pages, stored in zip((run.pages.keys, run.pages.values), run.stored, strict=True):
         torch.testing.assert_close(
             pages, stored, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], equal_nan=True
         )

@@ -19,6 +19,7 @@ from framesink.runtime.executors.cuda.kernels.tiles import TILE_ROWS
 from framesink.runtime.executors.cuda.language_model import LanguageModel
 from framesink.runtime.executors.cuda.layers import Layers
 from framesink.runtime.executors.cuda.operations import Operations
+from framesink.runtime.executors.cuda.paged_cache import PagedCache, page_bytes
 from framesink.runtime.executors.cuda.patches import Patchifier
 from framesink.runtime.executors.cuda.prefill import PrefillRunner
 from framesink.runtime.executors.cuda.side_stream import SideStream
@@ -29,7 +30,6 @@ from framesink.runtime.executors.cuda.weight_source import BundleWeights, Weight
 from framesink.runtime.executors.cuda.weights import (
     load_language_model,
     load_vision_encoder,
-    page_bytes,
 )
 from framesink.runtime.manifest import Limits
 from framesink.runtime.models.config import ModelConfig
@@ -89,7 +89,7 @@ class CudaExecutor:
                 device,
             )
             model_weights = load_language_model(weights, config.text, dtype)
-            self._check_memory(num_pages * page_bytes(config, page_size, dtype))
+            self._check_memory(num_pages * page_bytes(config.text, page_size, dtype))
             positions = 2 * limits.max_context
             self._rotary = RotaryTable.make(
                 config.text.head_dim,
@@ -103,8 +103,13 @@ class CudaExecutor:
                 model_weights,
                 layers,
                 self._rotary,
-                num_pages=num_pages,
-                page_size=page_size,
+                PagedCache(
+                    config.text,
+                    num_pages=num_pages,
+                    page_size=page_size,
+                    dtype=dtype,
+                    device=device,
+                ),
             )
             largest = limits.max_streams + PREFIXES
             # Every base has a tile that is not full, and every reply moved to `previous text`

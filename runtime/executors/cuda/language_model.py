@@ -9,14 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from framesink.runtime.executors.cuda.kernels.pages import LayerPages
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
 from framesink.runtime.executors.cuda.kernels.tiles import DeviceRows, DeviceTiles
 from framesink.runtime.executors.cuda.layers import Layers, Linear
+from framesink.runtime.executors.cuda.paged_cache import PagedCache
 from framesink.runtime.executors.cuda.weights import DecoderLayer, LanguageModelWeights
 from framesink.runtime.models.config import TextConfig
 
-# (layer, its projected q/k/v, its pages of keys, of values, where the result goes)
-Attend = Callable[[Linear, Tensor, Tensor, Tensor, Tensor], None]
+# (layer, its projected q/k/v, its pages, where the result goes)
+Attend = Callable[[Linear, Tensor, LayerPages, Tensor], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +41,7 @@ class PackedParts:
 
 
 class LanguageModel:
-    """Runs decode steps and parts of prompts over the pages it owns."""
+    """Runs decode steps and parts of prompts over paged keys and values."""
 
     def __init__(
         self,
@@ -47,24 +49,13 @@ class LanguageModel:
         weights: LanguageModelWeights,
         layers: Layers,
         rotary: RotaryTable,
-        *,
-        num_pages: int,
-        page_size: int,
+        cache: PagedCache,
     ) -> None:
-        """Allocates zeroed pages `[num_pages, Hkv, page_size, D]` of every layer's K and V."""
         self._config = config
         self._weights = weights
         self._layers = layers
         self._rotary = rotary
-        shape = (num_pages, config.num_key_value_heads, page_size, config.head_dim)
-        device = weights.embedding.device
-        self._pages = [
-            (
-                torch.zeros(shape, dtype=layers.dtype, device=device),
-                torch.zeros(shape, dtype=layers.dtype, device=device),
-            )
-            for _ in range(config.num_hidden_layers)
-        ]
+        self._cache = cache
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embeddings `[m, hidden]` of token ids int `[m]`, a tensor of its own."""
@@ -77,11 +68,9 @@ class LanguageModel:
         """
         operations = self._layers.operations
 
-        def attend(
-            output: Linear, qkv: Tensor, k_pages: Tensor, v_pages: Tensor, mixed: Tensor
-        ) -> None:
-            self._append(qkv, rows, k_pages, v_pages)
-            operations.paged_decode(qkv, self._rotary, tiles, k_pages, v_pages, mixed, output.input)
+        def attend(output: Linear, qkv: Tensor, pages: LayerPages, mixed: Tensor) -> None:
+            self._append(qkv, rows, pages)
+            operations.paged_decode(qkv, self._rotary, tiles, pages, mixed, output.input)
 
         hidden, delta = self._run(self.embed(tokens), attend)
         return self._logits(hidden, delta)
@@ -96,18 +85,15 @@ class LanguageModel:
         """
         operations = self._layers.operations
 
-        def attend(
-            output: Linear, qkv: Tensor, k_pages: Tensor, v_pages: Tensor, mixed: Tensor
-        ) -> None:
-            self._append(qkv, rows, k_pages, v_pages)
+        def attend(output: Linear, qkv: Tensor, pages: LayerPages, mixed: Tensor) -> None:
+            self._append(qkv, rows, pages)
             operations.paged_prefill(
                 qkv,
                 self._rotary,
                 parts.starts,
                 parts.longest,
                 context,
-                k_pages,
-                v_pages,
+                pages,
                 mixed,
                 output.input,
             )
@@ -115,16 +101,16 @@ class LanguageModel:
         hidden, delta = self._run(hidden, attend)
         return self._logits(hidden[parts.last], delta[parts.last])
 
-    def _append(self, qkv: Tensor, rows: NewRows, k_pages: Tensor, v_pages: Tensor) -> None:
+    def _append(self, qkv: Tensor, rows: NewRows, pages: LayerPages) -> None:
         self._layers.operations.rotate_and_append(
-            qkv, self._rotary, rows.positions, rows.bases, rows.slots, k_pages, v_pages
+            qkv, self._rotary, rows.positions, rows.bases, rows.slots, pages
         )
 
     def _run(self, hidden: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         """All layers; the last one's result is left to be added to `hidden`."""
         delta: Tensor | None = None
-        for layer, (k_pages, v_pages) in zip(self._weights.layers, self._pages, strict=True):
-            delta = self._layer(layer, hidden, delta, k_pages, v_pages, attend)
+        for layer, pages in zip(self._weights.layers, self._cache.layers, strict=True):
+            delta = self._layer(layer, hidden, delta, pages, attend)
         assert delta is not None
         return hidden, delta
 
@@ -133,8 +119,7 @@ class LanguageModel:
         layer: DecoderLayer,
         hidden: Tensor,
         delta: Tensor | None,
-        k_pages: Tensor,
-        v_pages: Tensor,
+        pages: LayerPages,
         attend: Attend,
     ) -> Tensor:
         layers, config = self._layers, self._config
@@ -142,7 +127,7 @@ class LanguageModel:
         inputs = layers.rms_norm(hidden, layer.input_norm, epsilon, layer.qkv, delta)
         width = config.num_attention_heads * config.head_dim
         mixed = layers.form((len(hidden), width), layer.output, hidden.device)
-        attend(layer.output, layers.linear(inputs, layer.qkv), k_pages, v_pages, mixed)
+        attend(layer.output, layers.linear(inputs, layer.qkv), pages, mixed)
         delta = layers.linear(mixed, layer.output)
         inputs = layers.rms_norm(hidden, layer.post_attention_norm, epsilon, layer.gate_up, delta)
         return layers.gated_mlp(inputs, layer.gate_up, layer.down)

@@ -15,7 +15,7 @@ from framesink.runtime.executors.cuda.kernels.formats import OutputFormat
 from framesink.runtime.executors.cuda.kernels.linear import Weights
 from framesink.runtime.executors.cuda.layers import Linear
 from framesink.runtime.executors.cuda.weight_source import WeightSource
-from framesink.runtime.models.config import ModelConfig, TextConfig, VisionConfig
+from framesink.runtime.models.config import TextConfig, VisionConfig
 from framesink.runtime.models.quantization import (
     LinearScheme,
     input_scale,
@@ -138,13 +138,6 @@ def load_vision_encoder(
         merger_inner=loader.linear([f"{MERGER}.mlp.0"]),
         merger_outer=loader.linear([f"{MERGER}.mlp.2"]),
     )
-
-
-def page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one page's keys and values in all layers."""
-    text = config.text
-    row = text.num_key_value_heads * text.head_dim * int(dtype.itemsize)
-    return 2 * text.num_hidden_layers * page_size * row
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from framesink.runtime.executors.cuda.kernels.overlap import await_inputs, overlapping
+from framesink.runtime.executors.cuda.kernels.pages import LayerPages
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
 
 
@@ -14,17 +15,16 @@ def rotate_and_append(
     positions: Tensor,
     bases: Tensor,
     slots: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: LayerPages,
 ) -> None:
     """Rotate queries and keys in place, and write keys and values into the pages of one layer.
 
     `qkv` `[M, (H + 2·Hkv)·D]` are the projections with their biases; its queries and keys are
-    turned by `positions` int32 `[3, M]`. `k_pages` and `v_pages` `[N, Hkv, page, D]` take keys
-    turned by their place alone, positions - `bases` int32 `[M]`, and values, at `slots` int32
-    `[M]`; a token of slot -1 has no row to write. Rotations are computed in float32.
+    turned by `positions` int32 `[3, M]`. The pages take keys turned by their place alone,
+    positions - `bases` int32 `[M]`, and values, at `slots` int32 `[M]`; a token of slot -1 has no
+    row to write. Rotations are computed in float32.
     """
-    _, key_heads, page_size, head_dim = k_pages.shape
+    key_heads, head_dim = pages.key_heads, pages.head_dim
     heads = qkv.shape[1] // head_dim - 2 * key_heads
     group = heads // key_heads
     _rotate_and_append[(len(slots), key_heads)](
@@ -34,15 +34,15 @@ def rotate_and_append(
         positions,
         bases,
         slots,
-        k_pages,
-        v_pages,
+        pages.keys,
+        pages.values,
         qkv.stride(0),
         positions.stride(0),
         GROUP=group,
         ROWS=triton.next_power_of_2(group),
         KEY_HEADS=key_heads,
         HALF=head_dim // 2,
-        PAGE=page_size,
+        PAGE=pages.page_size,
         TIME_END=rotary.time_end,
         HEIGHT_END=rotary.height_end,
         num_warps=2,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from framesink.runtime.executors.cuda.kernels.attention_parts import row_offsets
 from framesink.runtime.executors.cuda.kernels.overlap import await_inputs, overlapping
+from framesink.runtime.executors.cuda.kernels.pages import LayerPages
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable, turn
 from framesink.runtime.executors.cuda.kernels.tiles import DeviceRows
 
@@ -19,17 +20,16 @@ def gather_context(
     starts: Tensor,
     longest: int,
     rows: DeviceRows,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: LayerPages,
 ) -> tuple[Tensor, Tensor]:
     """Keys and values `[B, Hkv, R + longest, D]` of B sequences: the rows of the context, then the
     new tokens; what is beyond is not written. Keys are turned to their positions. See
     `paged_prefill` for the arguments."""
     batch = len(starts) - 1
-    _, key_heads, page_size, head_dim = k_pages.shape
+    key_heads, head_dim = pages.key_heads, pages.head_dim
     room = rows.slots.shape[1] + longest
     shape = (batch, key_heads, room, head_dim)
-    keys = torch.empty(shape, dtype=k_pages.dtype, device=k_pages.device)
+    keys = torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
     values = torch.empty_like(keys)
     _gather_context[(triton.cdiv(room, _BLOCK), key_heads, batch)](
         qkv,
@@ -39,8 +39,8 @@ def gather_context(
         rows.slots,
         rows.bases,
         rows.counts,
-        k_pages,
-        v_pages,
+        pages.keys,
+        pages.values,
         keys,
         values,
         qkv.stride(0),
@@ -50,7 +50,7 @@ def gather_context(
         BLOCK=_BLOCK,
         KEY_HEADS=key_heads,
         HALF=head_dim // 2,
-        PAGE=page_size,
+        PAGE=pages.page_size,
         num_warps=4,
         **overlapping(qkv.device),
     )

@@ -14,6 +14,7 @@ from framesink.runtime.executors.cuda.kernels.attention_parts import (
 )
 from framesink.runtime.executors.cuda.kernels.formats import OutputFormat
 from framesink.runtime.executors.cuda.kernels.overlap import await_inputs, overlapping
+from framesink.runtime.executors.cuda.kernels.pages import LayerPages
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable, turn
 from framesink.runtime.executors.cuda.kernels.tiles import NO_SLOT, TILE_ROWS, DeviceTiles
 
@@ -31,21 +32,19 @@ def paged_decode(
     qkv: Tensor,
     rotary: RotaryTable,
     tiles: DeviceTiles,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: LayerPages,
     out: Tensor,
     output_format: OutputFormat,
     splits: int | None = None,
 ) -> None:
     """Attend from each sequence's newest token to its tiles, which include that token's own row.
 
-    `qkv` `[B, (H + 2·Hkv)·D]` as `rotate_and_append` left it; `k_pages` and `v_pages`
-    `[N, Hkv, page, D]`; `out` `[B, H·D]`. Every context is split into `splits` parts, by default so
-    many that they fill the GPU. What is launched depends on shapes alone, so a CUDA graph can hold
-    it.
+    `qkv` `[B, (H + 2·Hkv)·D]` as `rotate_and_append` left it; `out` `[B, H·D]`. Every
+    context is split into `splits` parts, by default so many that they fill the GPU. What is
+    launched depends on shapes alone, so a CUDA graph can hold it.
     """
     batch = len(qkv)
-    _, key_heads, page_size, head_dim = k_pages.shape
+    key_heads, head_dim = pages.key_heads, pages.head_dim
     heads = out.shape[1] // head_dim
     if splits is None:
         splits = _choose_splits(batch * key_heads, tiles.bases.shape[1], qkv.device)
@@ -59,8 +58,8 @@ def paged_decode(
         tiles.slots,
         tiles.counts,
         tiles.rows,
-        k_pages,
-        v_pages,
+        pages.keys,
+        pages.values,
         parts.values,
         parts.softmax,
         qkv.stride(0),
@@ -70,7 +69,7 @@ def paged_decode(
         ROWS=max(_MIN_ROWS, triton.next_power_of_2(group)),
         KEY_HEADS=key_heads,
         HALF=head_dim // 2,
-        PAGE=page_size,
+        PAGE=pages.page_size,
         TILE=TILE_ROWS,
         NO_SLOT=NO_SLOT,
         num_warps=_WARPS,

@@ -21,6 +21,7 @@ from framesink.runtime.executors.cuda.kernels.attention_parts import (
 from framesink.runtime.executors.cuda.kernels.formats import OutputFormat
 from framesink.runtime.executors.cuda.kernels.gather_context import gather_context
 from framesink.runtime.executors.cuda.kernels.overlap import await_inputs, overlapping
+from framesink.runtime.executors.cuda.kernels.pages import LayerPages
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
 from framesink.runtime.executors.cuda.kernels.tiles import DeviceRows
 
@@ -42,8 +43,7 @@ def paged_prefill(
     starts: Tensor,
     longest: int,
     rows: DeviceRows,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: LayerPages,
     out: Tensor,
     output_format: OutputFormat,
     splits: int | None = None,
@@ -57,11 +57,11 @@ def paged_prefill(
     `splits` parts, by default so many that they fill the GPU.
     """
     batch = len(starts) - 1
-    _, key_heads, _, head_dim = k_pages.shape
+    key_heads, head_dim = pages.key_heads, pages.head_dim
     heads = out.shape[1] // head_dim
     group = heads // key_heads
     blocks = triton.cdiv(longest * group, _ROWS)
-    keys, values = gather_context(qkv, rotary, starts, longest, rows, k_pages, v_pages)
+    keys, values = gather_context(qkv, rotary, starts, longest, rows, pages)
     room = keys.shape[2]
     if splits is None:
         splits = _choose_splits(batch * key_heads * blocks, room, qkv.device)
