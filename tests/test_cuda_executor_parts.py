@@ -1,5 +1,6 @@
 """Pieces of the CUDA executor, each against the code it must agree with."""
 
+import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
@@ -9,7 +10,8 @@ from numpy.typing import NDArray
 torch = pytest.importorskip("torch", reason="the executor runs in torch")
 
 # First of all: it says how kernels are run here.
-from reference import triton_device  # noqa: E402, F401
+from reference import triton_device  # noqa: E402, F401, I001
+from reference import plain_kernels  # noqa: E402
 
 from framesink.build.random_checkpoint import (  # noqa: E402
     SIZES,
@@ -21,9 +23,10 @@ from framesink.calibration.formats import pack_int4  # noqa: E402
 from framesink.runtime.errors import CapacityError  # noqa: E402
 from framesink.runtime.executors.base import ContextView, SequenceInput  # noqa: E402
 from framesink.runtime.executors.cuda.context_tables import ContextTables  # noqa: E402
+from framesink.runtime.executors.cuda.kernels.step_tokens import NOT_FINITE  # noqa: E402
 from framesink.runtime.executors.cuda.patches import Patchifier  # noqa: E402
 from framesink.runtime.executors.cuda.staging import Staging  # noqa: E402
-from framesink.runtime.executors.cuda.token_choice import NOT_FINITE, TokenChooser  # noqa: E402
+from framesink.runtime.executors.cuda.token_choice import TokenChooser  # noqa: E402
 from framesink.runtime.executors.cuda.weights import (  # noqa: E402
     INNER_MULTIPLE,
     load_language_model,
@@ -50,7 +53,7 @@ def test_tokens_are_those_of_the_sampler() -> None:
     random = np.random.default_rng(3)
     logits = random.standard_normal((64, 40)).astype(np.float32)
     suppressed = frozenset({0, 7, int(logits[0].argmax())})
-    chooser = TokenChooser(40, CPU)
+    chooser = TokenChooser(40, 80, plain_kernels, CPU)
     assert chooser.serves(suppressed)
     assert chooser.serves(frozenset(suppressed))
     assert not chooser.serves(suppressed | {1})
@@ -58,9 +61,11 @@ def test_tokens_are_those_of_the_sampler() -> None:
     sampler = Sampler(SamplingParams(), suppressed)
     assert sampler.takes_likeliest
     expected = [sampler.sample(row) for row in logits]
-    assert chooser.choose(torch.from_numpy(logits)).tolist() == expected
+    rows = torch.arange(79, 15, -1, dtype=torch.int32)
+    assert chooser.choose(torch.from_numpy(logits), rows).tolist() == expected
+    assert chooser.last_tokens[rows].tolist() == expected
     logits[5, 20], logits[9, 2] = np.nan, np.inf
-    found = chooser.choose(torch.from_numpy(logits)).tolist()
+    found = chooser.choose(torch.from_numpy(logits), rows).tolist()
     assert [row for row, token in enumerate(found) if token == NOT_FINITE] == [5, 9]
 
 
@@ -82,7 +87,8 @@ def _row(slot: int, base: int, context: ContextView) -> SequenceInput:
 
 def test_a_context_of_too_many_bases_is_refused() -> None:
     tables = ContextTables(rows=2, tiles=5, page_size=16, device=CPU)
-    tracked = tables.track(_view(4, 0), in_use=())
+    tables.take_rows([_view(4, 0)])
+    tracked = tables.track(_view(4, 0))
     assert tables.add_row(tracked, _row(20, -2, _view(4, 0))) < 4  # of a base that has a tile
     assert tables.add_row(tracked, _row(21, -90, _view(4, 0))) == 4
     with pytest.raises(CapacityError, match="6 tiles"):
@@ -92,7 +98,8 @@ def test_a_context_of_too_many_bases_is_refused() -> None:
 def test_a_list_is_sent_anew_only_when_it_has_to_be() -> None:
     tables = ContextTables(rows=2, tiles=32, page_size=16, device=CPU)
     staging = Staging(4096, CPU)
-    tracked = tables.track(_view(20, 0), in_use=())
+    tables.take_rows([_view(20, 0)])
+    tracked = tables.track(_view(20, 0))
     pending = tables.send(tracked, staging)
     staging.send()
     tables.store(pending)
@@ -101,13 +108,27 @@ def test_a_list_is_sent_anew_only_when_it_has_to_be() -> None:
     assert sent.counts[row] == 20
     assert sorted(sent.bases[row, :20].tolist()) == list(range(-19, 1))
     tables.add_row(tracked, _row(36, -20, _view(20, 0)))
-    again = tables.track(_view(21, 0), in_use=())
+    again = tables.track(_view(21, 0))
     assert again is tracked
     assert again.sent
     # rows it does not know of, or another edition
-    assert not tables.track(_view(23, 0), in_use=()).sent
+    assert not tables.track(_view(23, 0)).sent
     tracked.sent = True
-    assert not tables.track(_view(23, 1), in_use=()).sent
+    assert not tables.track(_view(23, 1)).sent
+
+
+def test_a_step_keeps_the_rows_of_its_own_sequences() -> None:
+    """A row holds the token chosen last, which the next step may be fed."""
+    tables = ContextTables(rows=3, tiles=5, page_size=16, device=CPU)
+    views = [dataclasses.replace(_view(4, 0), edition=(number, 0)) for number in range(6)]
+    first = tables.take_rows(views[:3])
+    assert len({*first, tables.padding_row}) == 4
+    # the least recently used one, although a newcomer is listed before it
+    assert tables.take_rows([views[3], views[0], views[2]]) == [first[1], first[0], first[2]]
+    assert [tables.knows(view) for view in views[:4]] == [True, False, True, True]
+    with pytest.raises(CapacityError, match="more than the 3 sequences"):
+        tables.take_rows(views[:4])
+    assert tables.take_rows([views[0]]) == [first[0]]
 
 
 def test_staging_is_bounded_and_keeps_what_is_reserved() -> None:

@@ -9,16 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from framesink.runtime.executors.base import NEXT_TOKEN
 from framesink.runtime.executors.cuda.kernels.formats import OutputFormat
 from framesink.runtime.executors.cuda.kernels.linear import Weights
 from framesink.runtime.executors.cuda.kernels.pages import LayerPages
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
-from framesink.runtime.executors.cuda.kernels.step_tokens import (
-    NEXT_TOKEN,
-    NOT_FINITE,
-    Choosing,
-    TileChanges,
-)
+from framesink.runtime.executors.cuda.kernels.step_tokens import NOT_FINITE, Choosing, TileChanges
 from framesink.runtime.executors.cuda.kernels.tiles import NO_SLOT, DeviceRows, DeviceTiles
 
 

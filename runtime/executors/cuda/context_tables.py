@@ -6,7 +6,7 @@ sends the whole list; the others change one tile of each sequence, and only that
 """
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,18 +21,21 @@ from framesink.runtime.executors.cuda.staging import Staging
 
 @dataclass(slots=True)
 class TrackedContext:
-    """What is known of one sequence's context: its tiles, of how many rows and of which edition
-    they are, its row of the device's table, and whether that row holds them."""
+    """What is known of one sequence's context: its row of the device's tables, its tiles, of how
+    many rows and of which edition they are, and whether the row holds them."""
 
-    tiles: TileTable
     row: int
+    tiles: TileTable
     edition: tuple[int, int] | None = None
     rows: int = 0
     sent: bool = False
 
 
 class ContextTables:
-    """One row per sequence, the least recently used given away first, and one row for padding."""
+    """One row per sequence, the least recently used given away first, and one row for padding.
+
+    A step calls `take_rows` for its sequences first.
+    """
 
     def __init__(self, rows: int, tiles: int, page_size: int, device: torch.device) -> None:
         """Room for `rows` sequences of at most `tiles` tiles."""
@@ -49,19 +52,34 @@ class ContextTables:
         self._slots = table(tiles, TILE_ROWS)
         self._counts = table()
 
-    def track(self, view: ContextView, in_use: Collection[int]) -> TrackedContext:
-        """The sequence whose context `view` is, its tiles brought up to date on the host.
+    def take_rows(self, views: Sequence[ContextView]) -> list[int]:
+        """The rows of a step's sequences, whose contexts are `views`. A sequence without one gets
+        that of another that has not been in a step for longest.
 
-        `in_use` are the rows of the step's other sequences.
+        Raises CapacityError for more sequences than there are rows, ValueError for a view without
+        an edition.
         """
-        if view.edition is None:
-            raise ValueError("a context needs an edition to be kept on the GPU")
-        number = view.edition[0]
-        tracked = self._tracked.get(number)
-        if tracked is None:
-            tracked = TrackedContext(TileTable(self._page_size), self._give_row(in_use))
-            self._tracked[number] = tracked
-        self._tracked.move_to_end(number)
+        numbers = [_number(view) for view in views]
+        for number in numbers:
+            if number in self._tracked:
+                self._tracked.move_to_end(number)
+        if len(set(numbers)) > self.padding_row:
+            raise CapacityError(
+                f"A step has more than the {self.padding_row} sequences this executor was made for."
+            )
+        for number in numbers:
+            if number not in self._tracked:
+                row = self._free.pop() if self._free else self._tracked.popitem(last=False)[1].row
+                self._tracked[number] = TrackedContext(row, TileTable(self._page_size))
+        return [self._tracked[number].row for number in numbers]
+
+    def knows(self, view: ContextView) -> bool:
+        """Whether the sequence whose context `view` is has a row."""
+        return view.edition is not None and view.edition[0] in self._tracked
+
+    def track(self, view: ContextView) -> TrackedContext:
+        """The sequence whose context `view` is, its tiles brought up to date on the host."""
+        tracked = self._tracked[_number(view)]
         rows = int(np.count_nonzero(view.valid))
         if tracked.edition != view.edition or tracked.rows != rows:
             tracked.tiles.rebuild(view)
@@ -102,29 +120,9 @@ class ContextTables:
         self._slots[row, :count] = pending.slots
         self._counts[row : row + 1].fill_(count)
 
-    def patch(
-        self, rows: Tensor, tiles: Tensor, bases: Tensor, slots: Tensor, counts: Tensor
-    ) -> None:
-        """Change one tile of each of B lists: `rows` and `tiles` int64 `[B]`, `bases` and `counts`
-        int32 `[B]`, `slots` int32 `[B, TILE_ROWS]`. Can be captured in a graph."""
-        self._bases[rows, tiles] = bases
-        self._slots[rows, tiles] = slots
-        self._counts[rows] = counts
-
     def read(self, rows: Tensor) -> DeviceTiles:
         """The lists in rows int32 `[B]`, where they lie."""
         return DeviceTiles(self._bases, self._slots, self._counts, rows)
-
-    def _give_row(self, in_use: Collection[int]) -> int:
-        if self._free:
-            return self._free.pop()
-        for number, tracked in self._tracked.items():
-            if tracked.row not in in_use:
-                del self._tracked[number]
-                return tracked.row
-        raise CapacityError(
-            f"A step has more than the {self.padding_row} sequences this executor was made for."
-        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,3 +133,9 @@ class PendingTiles:
     count: int
     bases: Tensor
     slots: Tensor
+
+
+def _number(view: ContextView) -> int:
+    if view.edition is None:
+        raise ValueError("a context needs an edition to be kept on the GPU")
+    return view.edition[0]

@@ -16,8 +16,10 @@ from framesink.runtime.arrays import Int32Array
 from framesink.runtime.executors.base import SequenceInput
 from framesink.runtime.executors.cuda.capture import capture
 from framesink.runtime.executors.cuda.context_tables import ContextTables, PendingTiles
+from framesink.runtime.executors.cuda.kernels.step_tokens import TileChanges
 from framesink.runtime.executors.cuda.kernels.tiles import TILE_ROWS
 from framesink.runtime.executors.cuda.language_model import LanguageModel, NewRows
+from framesink.runtime.executors.cuda.operations import Operations
 from framesink.runtime.executors.cuda.staging import Staging
 from framesink.runtime.executors.cuda.token_choice import TokenChooser
 
@@ -41,8 +43,8 @@ class _Field(IntEnum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepResult:
-    """`logits` float32 `[n, vocab]` and the `tokens` chosen from them, int32 `[n]`; valid until the
-    next step."""
+    """`logits` `[n, vocab]` of the compute type, and the `tokens` chosen from them, int32 `[n]`;
+    valid until the next step."""
 
     logits: Tensor
     tokens: Tensor
@@ -64,6 +66,7 @@ class DecodeRunner:
         tables: ContextTables,
         staging: Staging,
         chooser: TokenChooser,
+        operations: Operations,
         largest: int,
         device: torch.device,
     ) -> None:
@@ -72,6 +75,7 @@ class DecodeRunner:
         self._tables = tables
         self._staging = staging
         self._chooser = chooser
+        self._operations = operations
         self._largest = largest
         self._device = device
         array, tensor = staging.reserve(_Field.END * largest)
@@ -91,13 +95,12 @@ class DecodeRunner:
         self._results = dict(sorted(results.items()))
 
     def fill(self, batch: Sequence[SequenceInput]) -> list[PendingTiles]:
-        """Write a step's integers. Returns lists of tiles that must be stored before the step."""
-        in_use: set[int] = set()
+        """Write a step's integers; its sequences have their rows of the tables. Returns lists of
+        tiles that must be stored before the step."""
         pending: list[PendingTiles] = []
         tables, array = self._tables, self._array
         for column, given in enumerate(batch):
-            tracked = tables.track(given.context, in_use)
-            in_use.add(tracked.row)
+            tracked = tables.track(given.context)
             tile = tables.add_row(tracked, given)
             if not tracked.sent:
                 pending.append(tables.send(tracked, self._staging))
@@ -135,17 +138,24 @@ class DecodeRunner:
     def _forward(self, size: int) -> StepResult:
         inputs = self._inputs[:, :size]
         rows = inputs[_Field.ROW]
-        self._tables.patch(
-            rows.long(),
-            inputs[_Field.TILE].long(),
-            inputs[_Field.TILE_BASE],
-            inputs[_Field.TILE_SLOTS :].T,
-            inputs[_Field.TILES],
+        tiles = self._tables.read(rows)
+        embedding = self._model.embedding
+        hidden = embedding.new_empty(size, embedding.shape[1])
+        self._operations.begin_step(
+            inputs[_Field.TOKEN],
+            self._chooser.last_tokens,
+            embedding,
+            tiles,
+            TileChanges(
+                inputs[_Field.TILE],
+                inputs[_Field.TILE_BASE],
+                inputs[_Field.TILE_SLOTS :],
+                inputs[_Field.TILES],
+            ),
+            hidden,
         )
         positions = inputs[_Field.POSITIONS : _Field.BASE]
         logits = self._model.decode(
-            inputs[_Field.TOKEN],
-            NewRows(positions, inputs[_Field.BASE], inputs[_Field.SLOT]),
-            self._tables.read(rows),
+            hidden, NewRows(positions, inputs[_Field.BASE], inputs[_Field.SLOT]), tiles
         )
-        return StepResult(logits, self._chooser.choose(logits))
+        return StepResult(logits, self._chooser.choose(logits, rows))

@@ -10,11 +10,12 @@ from torch import Tensor
 from framesink.runtime.arrays import Float32Array, UInt8Array
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.errors import CapacityError
-from framesink.runtime.executors.base import SequenceInput
+from framesink.runtime.executors.base import NEXT_TOKEN, SequenceInput
 from framesink.runtime.executors.cuda.context_tables import ContextTables
 from framesink.runtime.executors.cuda.decode import DecodeRunner, StepResult
 from framesink.runtime.executors.cuda.gpu_clock import GpuClock
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
+from framesink.runtime.executors.cuda.kernels.step_tokens import NOT_FINITE
 from framesink.runtime.executors.cuda.kernels.tiles import TILE_ROWS
 from framesink.runtime.executors.cuda.language_model import LanguageModel
 from framesink.runtime.executors.cuda.layers import Layers
@@ -24,7 +25,7 @@ from framesink.runtime.executors.cuda.patches import Patchifier
 from framesink.runtime.executors.cuda.prefill import PrefillRunner
 from framesink.runtime.executors.cuda.side_stream import SideStream
 from framesink.runtime.executors.cuda.staging import Staging
-from framesink.runtime.executors.cuda.token_choice import NOT_FINITE, TokenChooser
+from framesink.runtime.executors.cuda.token_choice import TokenChooser
 from framesink.runtime.executors.cuda.vision_encoder import VisionEncoder
 from framesink.runtime.executors.cuda.weight_source import BundleWeights, WeightSource
 from framesink.runtime.executors.cuda.weights import (
@@ -121,12 +122,20 @@ class CudaExecutor:
                 + _TOKEN_INTEGERS * max(limits.max_prefill, largest),
                 device,
             )
-            self._chooser = TokenChooser(config.text.vocab_size, device)
+            self._chooser = TokenChooser(
+                config.text.vocab_size, self._tables.padding_row + 1, operations, device
+            )
             self._decode = DecodeRunner(
-                model, self._tables, self._staging, self._chooser, largest, device
+                model, self._tables, self._staging, self._chooser, operations, largest, device
             )
             self._prefill = PrefillRunner(
-                model, self._staging, self._chooser, config.video_token_id, page_size, device
+                model,
+                self._tables,
+                self._staging,
+                self._chooser,
+                config.video_token_id,
+                page_size,
+                device,
             )
             if device.type == "cuda":
                 self._decode.capture()
@@ -232,6 +241,11 @@ class CudaExecutor:
         """
         for given in batch:
             self._check_reach(given)
+            if NEXT_TOKEN in given.token_ids and not self._tables.knows(given.context):
+                raise ValueError("no token was chosen before in this context")
+        self._tables.take_rows(
+            [given.context for given in batch if _is_decode(given) or given.needs_logits]
+        )
         self._staging.clear()
         decoding = [place for place, given in enumerate(batch) if _is_decode(given)]
         parts = [place for place, given in enumerate(batch) if not _is_decode(given)]
@@ -286,5 +300,5 @@ def _is_decode(given: SequenceInput) -> bool:
 
 
 def _to_host(logits: Tensor) -> Float32Array:
-    array: Float32Array = logits.cpu().numpy()
+    array: Float32Array = logits.float().cpu().numpy()
     return array

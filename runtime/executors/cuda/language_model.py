@@ -57,14 +57,20 @@ class LanguageModel:
         self._rotary = rotary
         self._cache = cache
 
+    @property
+    def embedding(self) -> Tensor:
+        """The embeddings of all tokens `[vocab, hidden]`."""
+        return self._weights.embedding
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Embeddings `[m, hidden]` of token ids int `[m]`, a tensor of its own."""
         return torch.nn.functional.embedding(tokens, self._weights.embedding)
 
-    def decode(self, tokens: Tensor, rows: NewRows, tiles: DeviceTiles) -> Tensor:
-        """One token of each of B sequences: logits float32 `[B, vocab]`.
+    def decode(self, hidden: Tensor, rows: NewRows, tiles: DeviceTiles) -> Tensor:
+        """One token of each of B sequences: logits `[B, vocab]`, in the compute type.
 
-        `tokens` int32 `[B]`; `tiles` are the contexts with the new rows in them.
+        `hidden` `[B, hidden]` are the tokens' embeddings, which are overwritten; `tiles` are the
+        contexts with the new rows in them.
         """
         operations = self._layers.operations
 
@@ -72,13 +78,13 @@ class LanguageModel:
             self._append(qkv, rows, pages)
             operations.paged_decode(qkv, self._rotary, tiles, pages, mixed, output.input)
 
-        hidden, delta = self._run(self.embed(tokens), attend)
+        hidden, delta = self._run(hidden, attend)
         return self._logits(hidden, delta)
 
     def prefill(
         self, hidden: Tensor, rows: NewRows, parts: PackedParts, context: DeviceRows
     ) -> Tensor:
-        """Parts of prompts: logits float32 `[n, vocab]` of the tokens `parts.last`.
+        """Parts of prompts: logits `[n, vocab]` of the tokens `parts.last`, in the compute type.
 
         `hidden` `[m, hidden]` are the tokens' embeddings, which are overwritten; `context` are the
         rows before them.
@@ -136,4 +142,4 @@ class LanguageModel:
         weights, layers = self._weights, self._layers
         head = weights.head
         inputs = layers.rms_norm(hidden, weights.final_norm, self._config.rms_norm_eps, head, delta)
-        return layers.linear(inputs, head).float()
+        return layers.linear(inputs, head)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from framesink.runtime.arrays import Int32Array
 from framesink.runtime.executors.base import SequenceInput
+from framesink.runtime.executors.cuda.context_tables import ContextTables
 from framesink.runtime.executors.cuda.decode import StepResult
 from framesink.runtime.executors.cuda.kernels.tiles import DeviceRows
 from framesink.runtime.executors.cuda.language_model import LanguageModel, NewRows, PackedParts
@@ -21,7 +22,8 @@ class PreparedParts:
     """What a run needs; every tensor holds its numbers once staging is sent.
 
     `tokens` int32 `[m]`, `vision_places` int32 `[v]`: those that `embeddings` `[v, hidden]`
-    replace.
+    replace. `last` int32 `[n]` are the tokens whose logits are wanted, `last_contexts` int32 `[n]`
+    the rows of their contexts in the tables.
     """
 
     tokens: Tensor
@@ -29,6 +31,7 @@ class PreparedParts:
     starts: Tensor
     longest: int
     last: Tensor
+    last_contexts: Tensor
     context: DeviceRows
     vision_places: Tensor
     embeddings: tuple[Tensor, ...]
@@ -40,6 +43,7 @@ class PrefillRunner:
     def __init__(
         self,
         model: LanguageModel,
+        tables: ContextTables,
         staging: Staging,
         chooser: TokenChooser,
         vision_token: int,
@@ -48,6 +52,7 @@ class PrefillRunner:
     ) -> None:
         """`vision_token` is the placeholder that vision embeddings replace."""
         self._model = model
+        self._tables = tables
         self._staging = staging
         self._chooser = chooser
         self._vision_token = vision_token
@@ -83,6 +88,11 @@ class PrefillRunner:
             starts=put(starts),
             longest=int(lengths.max()),
             last=put(starts[1:][wanted] - 1),
+            last_contexts=put(
+                np.array(
+                    self._tables.take_rows([batch[index].context for index in wanted]), np.int32
+                )
+            ),
             context=self._put_contexts(batch),
             vision_places=put(np.flatnonzero(replaced).astype(np.int32)),
             embeddings=tuple(torch.as_tensor(rows, device=self._device) for rows in embeddings),
@@ -123,7 +133,7 @@ class PrefillRunner:
             PackedParts(prepared.starts, prepared.longest, prepared.last.long()),
             prepared.context,
         )
-        return StepResult(logits, self._chooser.choose(logits))
+        return StepResult(logits, self._chooser.choose(logits, prepared.last_contexts))
 
 
 def _bases(batch: Sequence[SequenceInput]) -> Int32Array:

@@ -5,15 +5,25 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-NOT_FINITE = -1
+from framesink.runtime.executors.cuda.kernels.step_tokens import Choosing
+from framesink.runtime.executors.cuda.operations import Operations
 
 
 class TokenChooser:
     """Chooses among all tokens but the suppressed ones, which the first step decides on."""
 
-    def __init__(self, vocabulary: int, device: torch.device) -> None:
-        self._offsets = torch.zeros(vocabulary, dtype=torch.float32, device=device)
+    def __init__(
+        self, vocabulary: int, contexts: int, operations: Operations, device: torch.device
+    ) -> None:
+        """For the sequences of up to `contexts` contexts."""
+        self._operations = operations
+        self._choosing = Choosing.make(vocabulary, contexts, device)
         self._suppressed: frozenset[int] | None = None
+
+    @property
+    def last_tokens(self) -> Tensor:
+        """What was chosen last in each context, int32 `[contexts]`."""
+        return self._choosing.last_tokens
 
     def serves(self, suppressed: Collection[int] | None) -> bool:
         """Whether tokens are chosen with just these suppressed; the first call says which. None is
@@ -23,11 +33,13 @@ class TokenChooser:
         wanted = frozenset(suppressed)
         if self._suppressed is None:
             self._suppressed = wanted
-            self._offsets[sorted(wanted)] = -torch.inf
+            self._choosing.allowed[sorted(wanted)] = 0
         return wanted == self._suppressed
 
-    def choose(self, logits: Tensor) -> Tensor:
-        """Of logits float32 `[B, vocab]` the likeliest tokens, int32 `[B]`; `NOT_FINITE` where the
-        largest is not a number. Can be captured in a graph."""
-        best, tokens = (logits + self._offsets).max(dim=1)
-        return torch.where(best.isfinite(), tokens, NOT_FINITE).to(torch.int32)
+    def choose(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """Of logits `[B, vocab]` the likeliest tokens, int32 `[B]`, which also become the last ones
+        of the contexts `rows` int32 `[B]`; `NOT_FINITE` where the largest is not a number. Can be
+        captured in a graph."""
+        tokens = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
+        self._operations.choose_likeliest(logits, rows, self._choosing, tokens)
+        return tokens

@@ -157,7 +157,9 @@ def _begin_step(
         place = row.to(tl.int64) * tiles_stride + tl.load(new_tiles + sequence)
         member = tl.arange(0, TILE)
         tl.store(bases + place, tl.load(new_bases + sequence))
-        tl.store(slots + place * TILE + member, tl.load(new_slots + member * slots_stride + sequence))
+        tl.store(
+            slots + place * TILE + member, tl.load(new_slots + member * slots_stride + sequence)
+        )
         tl.store(counts + row, tl.load(new_counts + sequence))
 
 
