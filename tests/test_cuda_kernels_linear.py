@@ -68,10 +68,13 @@ def test_products_of_codes(
 
 
 @pytest.mark.parametrize("code_type", CODE_TYPES)
+@pytest.mark.parametrize("rows", [5, 37])
 @pytest.mark.parametrize("splits", [2, 3])
-def test_a_sum_in_parts_is_the_same_every_time(splits: int, code_type: torch.dtype) -> None:
+def test_a_sum_in_parts_is_the_same_every_time(
+    splits: int, rows: int, code_type: torch.dtype
+) -> None:
     dtype = DTYPES[0]
-    inputs, weights, expected = case((5, 130, 640), code_type, dtype, biased=True)
+    inputs, weights, expected = case((rows, 130, 640), code_type, dtype, biased=True)
     tiling = Tiling(channels=64, rows=16, depth=64, splits=splits)
     results = []
     for _ in range(20 if HAS_GPU else 2):
@@ -95,8 +98,8 @@ def test_weights_that_are_not_quantized(biased: bool) -> None:
     assert error(out, expected + bias.double() if bias is not None else expected) < 8e-3
 
 
-def test_parts_of_more_rows_than_a_tile_are_refused() -> None:
-    inputs, weights, expected = case((20, 130, 640), torch.int8, DTYPES[0], biased=False)
+def test_parts_of_more_rows_than_tiles_can_hold_are_refused() -> None:
+    inputs, weights, expected = case((129, 130, 640), torch.int8, DTYPES[0], biased=False)
     out = torch.empty(expected.shape, dtype=DTYPES[0], device=DEVICE)
-    with pytest.raises(ValueError, match="not 20"):
+    with pytest.raises(ValueError, match="not 129"):
         launch(inputs, weights, out, Tiling(channels=64, rows=16, depth=64, splits=2))

@@ -11,6 +11,7 @@ from torch import Tensor
 from framesink.runtime.executors.cuda.kernels.linear_tiling import (
     FEW_ROWS,
     LEAST_CHANNELS,
+    MOST_ROW_TILES,
     Tiling,
     choose_tiling,
 )
@@ -35,11 +36,11 @@ class Weights:
     weight: Tensor
     scale: Tensor | None = None
     bias: Tensor | None = None
-    # How many parts of a sum are done, per tile of few rows; every launch leaves zeros.
+    # How many parts of a sum are done, per tile of a product; every launch leaves zeros.
     arrivals: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        tiles = triton.cdiv(len(self.weight), LEAST_CHANNELS)
+        tiles = triton.cdiv(len(self.weight), LEAST_CHANNELS) * MOST_ROW_TILES
         arrivals = torch.zeros(tiles, dtype=torch.int32, device=self.weight.device)
         object.__setattr__(self, "arrivals", arrivals)
 
@@ -112,13 +113,14 @@ def _ones(rows: int, device: torch.device) -> Tensor:
 
 def launch(inputs: Tensor, weights: Weights, out: Tensor, tiling: Tiling) -> None:
     """As `linear` of codes, in a given tiling. Raises ValueError for a sum in parts whose rows are
-    more than one tile holds."""
+    more than `MOST_ROW_TILES` tiles hold."""
     rows, depth = inputs.shape
     channels = len(weights.weight)
     column_tiles = triton.cdiv(channels, tiling.channels)
     row_tiles = triton.cdiv(rows, tiling.rows)
-    if tiling.splits > 1 and row_tiles > 1:
-        raise ValueError(f"a sum in parts has up to {tiling.rows} rows in this tiling, not {rows}")
+    if tiling.splits > 1 and row_tiles > MOST_ROW_TILES:
+        most = MOST_ROW_TILES * tiling.rows
+        raise ValueError(f"a sum in parts has up to {most} rows in this tiling, not {rows}")
     sum_type = torch.int32 if weights.weight.dtype is torch.int8 else torch.float32
     share = triton.cdiv(triton.cdiv(depth, tiling.depth), tiling.splits) * tiling.depth
     parts = out
@@ -140,7 +142,7 @@ def launch(inputs: Tensor, weights: Weights, out: Tensor, tiling: Tiling) -> Non
         CHANNELS=tiling.channels,
         DEPTH=tiling.depth,
         WHOLE_DEPTH=depth % tiling.depth == 0,
-        SPLITS=tiling.splits,
+        SPLIT=tiling.splits > 1,
         ROW_TILES_TOGETHER=8,
         HAS_BIAS=weights.bias is not None,
         SUM_TYPE=tl.int32 if sum_type is torch.int32 else tl.float32,
@@ -167,7 +169,7 @@ def _linear(
     CHANNELS: tl.constexpr,
     DEPTH: tl.constexpr,
     WHOLE_DEPTH: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     ROW_TILES_TOGETHER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SUM_TYPE: tl.constexpr,
@@ -210,17 +212,18 @@ def _linear(
     exists = has_channel[:, None] & has_row[None, :]
     place = row.to(tl.int64)[None, :] * channels + channel[:, None]
     last = True
-    if SPLITS > 1:
+    if SPLIT:
+        splits = tl.num_programs(1)
         # Every program leaves its part; the last to arrive adds them up, in order.
         size = rows.to(tl.int64) * channels
         tl.store(parts + split * size + place, sums, mask=exists)
         tl.debug_barrier()
         arrived = tl.atomic_add(arrivals + tile, 1, sem="acq_rel")
-        last = arrived == SPLITS - 1
+        last = arrived == splits - 1
         if last:
             tl.store(arrivals + tile, 0)
             sums = tl.zeros((CHANNELS, ROWS), SUM_TYPE)
-            for part in range(SPLITS):
+            for part in range(splits):
                 sums += tl.load(
                     parts + part * size + place, mask=exists, other=0, cache_modifier=".cg"
                 )

@@ -23,6 +23,8 @@ class Tiling:
 FEW_ROWS = 64
 # What the left operand of a matrix instruction needs.
 LEAST_CHANNELS = 64
+# In how many tiles of rows a sum can be made that is split.
+MOST_ROW_TILES = 8
 # Programs per multiprocessor that sums are split for, with up to 32 rows (else 1), and the fewest
 # inputs of a part.
 _PROGRAMS = 1.7
