@@ -37,6 +37,11 @@ class Prefix:
         """Whether all of it is written."""
         return self.cache.unwritten == 0
 
+    @property
+    def ended(self) -> bool:
+        """Whether nobody uses it any more."""
+        return self.users == 0
+
     def next_input(self, count: int) -> SequenceInput:
         """The next `count` tokens to write."""
         rows = self.cache.prepare(count)
@@ -50,10 +55,13 @@ class Prefix:
             bases=rows.bases,
         )
 
-    def step_done(self, answer: Float32Array | int | None) -> None:
-        """The tokens are written; no logits were asked for."""
-        assert answer is None
+    def launched(self) -> None:
+        """The step is under way: for every later one its tokens are written."""
         self.cache.commit()
+
+    def step_done(self, answer: Float32Array | int | None) -> None:
+        """The step is over; no logits were asked for."""
+        assert answer is None
 
 
 class PrefixCache:

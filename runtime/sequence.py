@@ -4,6 +4,7 @@ All of it runs in the engine's thread.
 """
 
 import time
+from collections import deque
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,7 +21,7 @@ from framesink.runtime.observer import EngineObserver
 from framesink.runtime.policies import Policy, TurnProfile
 from framesink.runtime.prefix import Prefix
 from framesink.runtime.protocol import ChatProtocol
-from framesink.runtime.reply import Reply
+from framesink.runtime.reply_writer import ReplyWriter
 from framesink.runtime.sampler import Sampler
 from framesink.runtime.session_input import PreparedChunk, SessionInput
 from framesink.runtime.stats import SessionStats
@@ -45,6 +46,11 @@ class Sequence:
 
     Waiting for its prefix, then writing the words said before it was opened, if there are any; then
     waiting for input; then a turn: encode the chunk, prefill, decode, settle.
+
+    A step has three calls: `next_input` before it, `launched` when it is under way, `step_done`
+    with its answer, by when another step may have been launched. While a token is being chosen the
+    sequence can take part in the next step with a guess, that it will be a word: a guess that was
+    wrong is taken back, row and all, and the answer of its step is passed over.
     """
 
     def __init__(
@@ -76,8 +82,12 @@ class Sequence:
         self._restoring = False
         self._opened_at = time.monotonic()
         self._turn: Turn | None = None
+        self._writer: ReplyWriter | None = None
+        # For each answer still to come, the oldest first, whether it is a token of the reply.
+        self._answers: deque[bool] = deque()
         self._new_spans: list[Span] = []
         self._dropped = 0
+        self._wanted = False
         self._decoding = False
         self._seen: BoolArray | None = None
         self._builder = TurnBuilder(
@@ -118,12 +128,29 @@ class Sequence:
             return self.cache.unwritten
         if self._turn is None or self._turn.chunk is not None:
             return 0
+        if self._awaits_token:
+            return 1 if self._may_go_ahead else 0
         return self.cache.unwritten - self._turn.unfed
 
     @property
     def decoding(self) -> bool:
         """Whether the prompt is written and the reply is under way."""
         return self._decoding
+
+    @property
+    def _awaits_token(self) -> bool:
+        """Whether a step under way chooses the reply's next token."""
+        return any(self._answers)
+
+    @property
+    def _may_go_ahead(self) -> bool:
+        """Whether the token after the one that is being chosen can be begun with."""
+        sampled = len(self._current.sampled) + 1
+        return (
+            self._sampler.takes_likeliest
+            and self._reply_writer.may_guess
+            and sampled < self._options.max_new_tokens
+        )
 
     # A turn.
 
@@ -139,6 +166,7 @@ class Sequence:
         if given is None:
             return False
         turn = self._turn = self._builder.begin(given)
+        self._writer = ReplyWriter(self.cache, turn.reply, turn.number)
         notice = self._builder.notice_of_drops(turn)
         if notice is not None:
             self._events.put(notice)
@@ -180,43 +208,57 @@ class Sequence:
     def next_input(self, count: int) -> SequenceInput:
         """The next `count` tokens to write. Raises CapacityError if there are no pages for them."""
         turn = self._turn
+        if self._awaits_token:
+            self._reply_writer.guess()
         last = count == self.cache.unwritten
         rows = self.cache.prepare(count)
         placeholders = int((rows.token_ids == self._protocol.video_pad).sum())
+        wanted = last and turn is not None and not turn.ending
+        self._wanted = wanted
         return SequenceInput(
             token_ids=rows.token_ids,
             vision_embeddings=turn.take_embeddings(placeholders) if turn else None,
             positions=rows.positions,
             slots=rows.slots,
             context=rows.context,
-            needs_logits=last and turn is not None and not turn.ending,
+            needs_logits=wanted,
             bases=rows.bases,
             suppressed=self._sampler.suppressed if self._sampler.takes_likeliest else None,
         )
 
-    def step_done(self, answer: Float32Array | int | None) -> None:
-        """The tokens are written; `answer` is the reply's next one, or the logits float32 `[vocab]`
-        that choose it."""
+    def launched(self) -> None:
+        """The step is under way: for every later one its tokens are written."""
         self.cache.commit()
-        if self._restoring:
+        if self._wanted:
+            self._answers.append(True)
+            self._decoding = True
+        elif self._restoring:
             self._end_restoring_if_written()
+        elif self._current.ending:
+            self._end_turn_if_written()
+
+    def step_done(self, answer: Float32Array | int | None) -> None:
+        """A step is over; `answer` is the reply's next token, or the logits float32 `[vocab]` that
+        choose it."""
+        if answer is None or not self._answers.popleft():
             return
         turn = self._current
-        if turn.ending:
-            self._end_turn_if_written()
-        if answer is None:
-            return
-        self._decoding = True
-        token = answer if isinstance(answer, int) else self._sample(answer)
+        if isinstance(answer, int):
+            token = answer
+        else:
+            self._take_guess_back()
+            token = self._sample(answer)
         now = time.monotonic()
         turn.sampled.append(token)
         turn.token_times.append(now)
         if token in self._protocol.stop_tokens:
+            self._take_guess_back()
             self._finish_reply(unfed=0)
             return
         if self._seen is not None:
             self._seen[token] = True
-        self._append_to_reply(turn.reply, token)
+        if not self._reply_writer.push(token):
+            self._pass_over_next_answer()
         if len(turn.sampled) == self._options.max_new_tokens:
             self._finish_reply(unfed=1)
             return
@@ -254,6 +296,20 @@ class Sequence:
             raise RuntimeError("no turn is under way")
         return self._turn
 
+    @property
+    def _reply_writer(self) -> ReplyWriter:
+        if self._writer is None:
+            raise RuntimeError("no turn is under way")
+        return self._writer
+
+    def _take_guess_back(self) -> None:
+        if self._reply_writer.take_guess_back():
+            self._pass_over_next_answer()
+
+    def _pass_over_next_answer(self) -> None:
+        """The guess that the step under way began with was wrong."""
+        self._answers[-1] = False
+
     def _start(self) -> None:
         """Share the prefix; words said before stand in its `previous text`, in rows of their own.
 
@@ -284,42 +340,10 @@ class Sequence:
                 self._seen[span.tokens] = True
         return self._seen
 
-    def _append_to_reply(self, reply: Reply, token: int) -> None:
-        before, held_before = reply.words, len(reply.held)
-        reply.push(token)
-        if reply.words == before:  # the held tokens grew by one
-            self._append_reply_part(SpanPart.CLOSE, [token], new=held_before == 0)
-        else:
-            self._settle_words(reply, before, held_before)
-            if reply.held:
-                self._append_reply_part(SpanPart.CLOSE, reply.held, new=True)
-
-    def _settle_words(self, reply: Reply, before: int, held_before: int) -> None:
-        """Append words that have become certain.
-
-        Held tokens were written in the frame lane, which empties with the turn; words may live for
-        ever, so those among them are written again, in the text lane.
-        """
-        if held_before:
-            self.cache.take_back_last()
-        words = reply.tokens[before : reply.words]
-        if words:
-            self._append_reply_part(SpanPart.BODY, words, new=before == 0)
-
-    def _append_reply_part(self, part: SpanPart, tokens: list[int], *, new: bool) -> None:
-        if new:
-            self.cache.append(text_span(SpanKind.REPLY, part, self._current.number, tokens))
-        else:
-            self.cache.extend_last(tokens)
-
     def _finish_reply(self, *, unfed: int) -> None:
         """Settle the reply's words; `unfed` of its tokens, 0 or the last one, were never fed."""
         turn = self._current
-        reply = turn.reply
-        before, held_before = reply.words, len(reply.held)
-        reply.end()
-        if reply.words > before:
-            self._settle_words(reply, before, held_before)
+        self._reply_writer.end()
         turn.ending, turn.unfed = True, unfed
         self._end_turn_if_written()
 
@@ -333,7 +357,7 @@ class Sequence:
         """Close the reply's spans and send its final event."""
         turn, now = self._current, time.monotonic()
         reply = turn.reply
-        self._append_reply_part(SpanPart.CLOSE, self._protocol.turn_close, new=not reply.held)
+        self._reply_writer.close(self._protocol.turn_close)
         text = turn.new_text() + turn.detokenizer.finish()
         kind = turn.kind if reply.words else EventKind.SILENCE
         event = turn.words_event(kind, text, now, final=True)

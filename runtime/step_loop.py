@@ -1,4 +1,10 @@
-"""The engine's loop body: begin turns, encode chunks, run one step, hand out its logits."""
+"""The engine's loop body: begin turns, encode chunks, launch a step, hand out another's answers.
+
+An executor that can is kept busy: the next step is launched before the answers of the one before it
+are waited for, as vLLM's asynchronous scheduling and SGLang's overlap scheduler do. Its sequences
+then take part with tokens that the executor alone knows (see Sequence). What the host does for a
+step it does while the executor works on another.
+"""
 
 import threading
 import time
@@ -6,18 +12,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from framesink.runtime.arrays import Float32Array, Int32Array
+from framesink.runtime.arrays import Int32Array
 from framesink.runtime.encoding import ChunkEncoder, EncodingFigures
 from framesink.runtime.errors import SessionClosedError, error_sentence
-from framesink.runtime.executors.base import (
-    ChoosingExecutor,
-    Executor,
-    SequenceInput,
-)
+from framesink.runtime.executors.base import Executor, SequenceInput
 from framesink.runtime.observer import EngineObserver, StepReport
 from framesink.runtime.prefix import Prefix, PrefixCache
 from framesink.runtime.scheduler import Scheduler, Share, Work
 from framesink.runtime.sequence import Sequence
+from framesink.runtime.step_driver import Answer, StepDriver
 
 FINISHED = "The session was finished and takes no more input; open another."
 CLOSED = "The session was closed; open another."
@@ -30,9 +33,25 @@ class Stepped(Protocol):
         """The next `count` tokens to write."""
         ...
 
-    def step_done(self, answer: Float32Array | int | None) -> None:
-        """They are written."""
+    def launched(self) -> None:
+        """The step that writes them is under way."""
         ...
+
+    def step_done(self, answer: Answer) -> None:
+        """It is over."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepUnderWay:
+    """A launched step: who is in it, how many of them decode, how many tokens it writes, when its
+    launch began, and what the executor knows it by."""
+
+    members: list[Sequence | Prefix]
+    decoding: int
+    tokens: int
+    began: float
+    launched: object
 
 
 @dataclass(slots=True)
@@ -59,7 +78,9 @@ class StepLoop:
     ) -> None:
         self.figures = LoopFigures()
         self._executor = executor
-        self._chooser = executor if isinstance(executor, ChoosingExecutor) else None
+        self._driver = StepDriver(executor)
+        self._under_way: StepUnderWay | None = None
+        self._step_ended = 0.0
         self._prefixes = prefixes
         self._scheduler = scheduler
         self._observer = observer
@@ -117,7 +138,8 @@ class StepLoop:
             yield from (span.slots for span in sequence.cache.spans)
 
     def run_once(self) -> bool:
-        """One round: some chunks encoded and one step run. False if there was nothing to do."""
+        """One round: some chunks encoded, one step launched, one collected. False if there was
+        nothing to do."""
         self.run_retirements()
         begun = [self._begin(sequence) for sequence in self._open_sequences()]
         encoded = self._encoder.run(self._open_sequences())
@@ -157,7 +179,21 @@ class StepLoop:
             self._fail(sequence, error_sentence("A turn could not begin", error))
 
     def _step(self) -> bool:
-        """Write one step's tokens and hand out its logits."""
+        """Launch a step, then hand out the answers of the one launched before it, or of the same if
+        the executor has run it already. Whether there was one of either."""
+        members, work = self._work()
+        shares = self._scheduler.schedule(work)
+        launched = self._launch(shares, members)
+        if not self._driver.launches_ahead:
+            collected = launched
+        else:
+            collected, self._under_way = self._under_way, launched
+        if collected is not None:
+            self._collect(collected)
+        return bool(shares) or collected is not None
+
+    def _work(self) -> tuple[dict[int, Sequence | Prefix], list[Work]]:
+        """Who has tokens to write."""
         members: dict[int, Sequence | Prefix] = {}
         work: list[Work] = []
         for sequence in self._open_sequences():
@@ -165,41 +201,46 @@ class StepLoop:
             if not prefix.ready and prefix.number not in members:
                 members[prefix.number] = prefix
                 work.append(Work(prefix.number, float("-inf"), prefix.cache.unwritten, False))
-            if sequence.tokens_to_write:
+            tokens = sequence.tokens_to_write
+            if tokens:
                 members[sequence.number] = sequence
-                work.append(
-                    Work(
-                        sequence.number,
-                        sequence.deadline,
-                        sequence.tokens_to_write,
-                        sequence.decoding,
-                    )
-                )
-        shares = self._scheduler.schedule(work)
-        if not shares:
-            return False
+                work.append(Work(sequence.number, sequence.deadline, tokens, sequence.decoding))
+        return members, work
+
+    def _launch(
+        self, shares: list[Share], members: dict[int, Sequence | Prefix]
+    ) -> StepUnderWay | None:
+        """Launch the next step, if there is anything to write. Who cannot take part ends."""
+        began = time.monotonic()
         batch = self._prepare(shares, members)
-        started = time.monotonic()
+        if not batch:
+            return None
+        decoding = sum(isinstance(member, Sequence) and member.decoding for member, _ in batch)
         try:
-            answers = self._run([given for _, given in batch])
-        except Exception as error:
-            sentence = error_sentence(f"A step of {self._executor.name} failed", error)
+            launched = self._driver.launch([given for _, given in batch])
             for member, _ in batch:
-                self._fail(member, sentence)
-            return True
-        self._count_step(batch, time.monotonic() - started)
-        for (member, _), answer in zip(batch, answers, strict=True):
+                member.launched()
+        except Exception as error:
+            self._fail_all([member for member, _ in batch], error)
+            return None
+        tokens = sum(given.token_ids.size for _, given in batch)
+        return StepUnderWay([member for member, _ in batch], decoding, tokens, began, launched)
+
+    def _collect(self, step: StepUnderWay) -> None:
+        """Wait for a step and hand out its answers. Who has ended meanwhile gets none."""
+        try:
+            answers = self._driver.collect(step.launched)
+        except Exception as error:
+            self._fail_all(step.members, error)
+            return
+        self._count_step(step)
+        for member, answer in zip(step.members, answers, strict=True):
+            if member.ended:
+                continue
             try:
                 member.step_done(answer)
             except Exception as error:
                 self._fail(member, error_sentence("A step could not be used", error))
-        return True
-
-    def _run(self, batch: list[SequenceInput]) -> list[Float32Array | int | None]:
-        """Every sequence's next token, or the logits it chooses from itself."""
-        if self._chooser is not None:
-            return self._chooser.step_and_choose(batch)
-        return [*self._executor.step(batch)]
 
     def _prepare(
         self, shares: list[Share], members: dict[int, Sequence | Prefix]
@@ -214,18 +255,25 @@ class StepLoop:
                 self._fail(member, error_sentence("A step could not be prepared", error))
         return batch
 
-    def _count_step(
-        self, batch: list[tuple[Sequence | Prefix, SequenceInput]], seconds: float
-    ) -> None:
+    def _count_step(self, step: StepUnderWay) -> None:
+        """A step takes from its launch, or the end of the one before it, to its end."""
+        now = time.monotonic()
+        seconds = now - max(step.began, self._step_ended)
+        self._step_ended = now
         figures = self.figures
-        tokens = sum(given.token_ids.size for _, given in batch)
         figures.steps += 1
-        figures.shares += len(batch)
-        figures.tokens += tokens
+        figures.shares += len(step.members)
+        figures.tokens += step.tokens
         figures.step_seconds += seconds
         figures.last_step_seconds = seconds
-        decoding = sum(isinstance(member, Sequence) and member.decoding for member, _ in batch)
-        self._observer.stepped(StepReport(decoding, len(batch) - decoding, tokens, seconds))
+        prefilling = len(step.members) - step.decoding
+        self._observer.stepped(StepReport(step.decoding, prefilling, step.tokens, seconds))
+
+    def _fail_all(self, members: list[Sequence | Prefix], error: Exception) -> None:
+        sentence = error_sentence(f"A step of {self._executor.name} failed", error)
+        for member in members:
+            if not member.ended:
+                self._fail(member, sentence)
 
     def _fail(self, member: Sequence | Prefix, sentence: str) -> None:
         """End a sequence, or all who share a prefix, with an error event."""

@@ -45,13 +45,18 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(who=st.integers(0, 1))
     def take_back_newest(self, who: int) -> None:
-        """A lane that took its rows back takes the same ones again; shared rows stay."""
+        """A lane that took its rows back goes on where they began, in a page of any number if they
+        began one: that page is free meanwhile. Shared rows stay."""
         if not self.taken[who] or any(self.taken[who][-1] is slots for slots in self.shared):
             return
         slots = self.taken[who].pop()
+        used = self.pool.used
         self.lanes[who].take_back(slots)
+        begun = set((slots[slots % PAGE_SIZE == 0] // PAGE_SIZE).tolist())
+        assert self.pool.used == used - len(begun)
         again = self.lanes[who].take(slots.size)
-        assert again[0] == slots[0]
+        assert again[0] % PAGE_SIZE == slots[0] % PAGE_SIZE
+        assert again[0] == slots[0] or slots[0] // PAGE_SIZE in begun
         self.lanes[who].take_back(again)
 
     @precondition(lambda self: any(self.taken))

@@ -78,13 +78,13 @@ class Lane:
         """Undo the last `take`: the lane continues where these rows, its newest, began."""
         if slots.size == 0:
             return
-        size = self._pool.page_size
-        first_page, first_row = divmod(int(slots[0]), size)
-        if self._page is not None and self._page != first_page:
+        first_page, first_row = divmod(int(slots[0]), self._pool.page_size)
+        if self._page is not None and (self._page != first_page or first_row == 0):
             page, self._page = self._page, None
             self._pool.close_page(page)
-        self._pool.reopen_page(first_page)
-        self._page, self._row = first_page, first_row
+        if first_row > 0:
+            self._pool.reopen_page(first_page)
+            self._page, self._row = first_page, first_row
         self._pool.release(slots)
 
     def close(self) -> None:

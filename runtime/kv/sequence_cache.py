@@ -30,7 +30,7 @@ class SequenceCache:
     """An ordered list of spans over a page pool.
 
     Tokens without rows stand only at the end of the list. `prepare` gives the next of them slots,
-    `commit` makes those rows part of the context once the executor has written them. Used from the
+    `commit` makes those rows part of the context once the executor is writing them. Used from the
     engine's thread alone.
     """
 
@@ -98,6 +98,23 @@ class SequenceCache:
         self._lanes[lane_of(span)].take_back(span.slots)
         return span
 
+    def take_back_token(self) -> None:
+        """Remove the last token, of a text span; its row, the newest of its lane, is given back."""
+        span = self._spans[-1]
+        if len(span) == 1:
+            self.take_back_last()
+            return
+        left = span.cut(0, len(span) - 1)
+        gone = span.slots[left.slots.size :]
+        self._spans[-1] = left
+        self._following -= 1
+        self._context.forget(gone)
+        self._lanes[lane_of(span)].take_back(gone)
+
+    def name_last(self, token: int) -> None:
+        """Say which token the last one is, that was appended before it was known."""
+        self._spans[-1] = self._spans[-1].with_last_token(token)
+
     def replace(self, spans: Sequence[Span]) -> int:
         """Make `spans`, chosen from the present ones by a policy, the new list.
 
@@ -147,7 +164,7 @@ class SequenceCache:
         return self._prepared
 
     def commit(self) -> None:
-        """The rows last prepared are written: later tokens may read them."""
+        """The rows last prepared are being written: tokens of later steps may read them."""
         if self._prepared is None:
             raise RuntimeError("nothing was prepared")
         rows, self._prepared = self._prepared, None

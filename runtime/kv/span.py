@@ -99,6 +99,13 @@ class Span:
             end_place=self.end_place + tokens.size,
         )
 
+    def with_last_token(self, token: int) -> "Span":
+        """A text span whose last token is known now."""
+        self._require_text("renamed")
+        tokens = self.tokens.copy()
+        tokens[-1] = token
+        return replace(self, tokens=tokens)
+
     def cut(self, start: int, stop: int) -> "Span":
         """Tokens `[start, stop)` of a text span, at the places and slots they have.
 
