@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from framesink.runtime.engine import StreamingEngine
     from framesink.runtime.errors import FramesinkError
     from framesink.runtime.events import Event, EventKind
+    from framesink.runtime.load.ladder import Ladder, RealTime, Rung
     from framesink.runtime.policies import FullAttention, SinkWindow, SlidingWindow
     from framesink.runtime.sampler import SamplingParams
     from framesink.runtime.session import Session
@@ -23,6 +24,9 @@ _HOMES = {
     "EventKind": "framesink.runtime.events",
     "FramesinkError": "framesink.runtime.errors",
     "FullAttention": "framesink.runtime.policies",
+    "Ladder": "framesink.runtime.load.ladder",
+    "RealTime": "framesink.runtime.load.ladder",
+    "Rung": "framesink.runtime.load.ladder",
     "SamplingParams": "framesink.runtime.sampler",
     "Session": "framesink.runtime.session",
     "SinkWindow": "framesink.runtime.policies",
@@ -37,6 +41,9 @@ __all__ = [
     "EventKind",
     "FramesinkError",
     "FullAttention",
+    "Ladder",
+    "RealTime",
+    "Rung",
     "SamplingParams",
     "Session",
     "SinkWindow",

@@ -2,19 +2,30 @@
 
 import logging
 import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.errors import BusyError, OptionError
 from framesink.runtime.event_stream import EventStream
+from framesink.runtime.events import Event
 from framesink.runtime.executors.base import Executor
 from framesink.runtime.executors.tensorrt_llm.options import TensorRTLLMOptions
+from framesink.runtime.load.declared import EngineCapacity
+from framesink.runtime.load.engine_load import EngineLoad
+from framesink.runtime.load.ladder import RealTime
+from framesink.runtime.load.ladder_control import LadderControl
+from framesink.runtime.load.rehearsal import rehearse
 from framesink.runtime.manifest import Limits, StreamingDefaults
 from framesink.runtime.models.config import ModelConfig
 from framesink.runtime.observer import EngineObserver, NullObserver
 from framesink.runtime.paged_worker import PagedWorker
 from framesink.runtime.policies import Policy
+from framesink.runtime.prefix import prefix_pages
 from framesink.runtime.preprocess import PreprocessConfig
 from framesink.runtime.prompting.executor import PromptExecutor
 from framesink.runtime.prompting.worker import PromptWorker
@@ -22,9 +33,11 @@ from framesink.runtime.protocol import ChatProtocol
 from framesink.runtime.sampler import SamplingParams
 from framesink.runtime.session import Session
 from framesink.runtime.session_input import SessionInput
-from framesink.runtime.session_plan import QueryPlacement, SessionPlan, default_policy, plan_session
-from framesink.runtime.stats import EngineStats
+from framesink.runtime.session_plan import QueryPlacement, SessionPlan, SessionPlanner
+from framesink.runtime.stats import EngineStats, SessionStats
 from framesink.runtime.worker import Work, Worker
+
+REHEARSAL_SECONDS = 0.8
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +80,13 @@ class StreamingEngine:
         self._numbers = 0
         self._opening = threading.Lock()
         self._wake = threading.Event()
-        self._worker = self._make_worker(executor, observer or NullObserver())
+        self._load = EngineLoad(
+            observer or NullObserver(),
+            preprocess,
+            measurable=not isinstance(executor, PromptExecutor),
+        )
+        self._worker = self._make_worker(executor)
+        self._planner = SessionPlanner(protocol, model, limits, defaults, self._worker.page_size)
         self._stopping = False
         self._failure: str | None = None
         self._thread: threading.Thread | None = None
@@ -140,6 +159,7 @@ class StreamingEngine:
         chunk_seconds: float | None = None,
         max_patches: int | None = None,
         previous_text: str = "",
+        real_time: RealTime | None = None,
     ) -> Session:
         """Open a session; what is left out is the bundle's default, an empty `query` is none.
 
@@ -149,46 +169,82 @@ class StreamingEngine:
         `previous_text` is what was said before, by a session that this one goes on with: it stands
         in `previous text` from the start, as much of it as the policy keeps.
 
-        Raises BusyError when too many sessions are open or too few pages are free; CapacityError
-        when the query is longer than the context, or the policy's worst case does not fit the
-        context or the pool; OptionError for
-        settings that make no sense; SessionClosedError when the engine is closed.
+        `real_time` is for a session whose chunks come as they happen: it may be refused, or wait,
+        where this machine has no time for it, and degrades when its replies are late. Without it
+        nothing is due at any time.
+
+        Raises BusyError when too many sessions are open, too few pages are free, or there is no
+        time for another live session; CapacityError when the query is longer than the context, or
+        the policy's worst case does not fit the context or the pool; OptionError for settings that
+        make no sense; SessionClosedError when the engine is closed.
         """
-        defaults = self.defaults
         if max_pending_chunks < 1:
             raise OptionError(f"max_pending_chunks={max_pending_chunks} must be at least 1.")
-        query = defaults.query if query is None else query
-        plan = plan_session(
-            policy or default_policy(defaults),
-            query or None,
+        plan = self._planner.plan(
+            policy,
+            query,
             query_placement,
-            protocol=self.protocol,
-            model=self.model,
-            limits=self.limits,
-            page_size=self._worker.page_size,
-            chunk_seconds=defaults.chunk_seconds if chunk_seconds is None else chunk_seconds,
-            max_new_tokens=defaults.max_new_tokens if max_new_tokens is None else max_new_tokens,
-            max_patches=self.limits.max_patches if max_patches is None else max_patches,
+            chunk_seconds=chunk_seconds,
+            max_new_tokens=max_new_tokens,
+            max_patches=max_patches,
             previous_text=previous_text,
         )
         source = SessionInput(max_pending_chunks, plan.profile.question_rows, wake=self._wake.set)
         source.set_context_questions(len(plan.first_query))
-        events = EventStream()
-        work = self._admit(plan, sampling or default_sampling(defaults), source, events)
+
+        def admit() -> tuple[Work, EventStream, LadderControl | None]:
+            return self._admit(plan, sampling or default_sampling(self.defaults), source, real_time)
+
+        if real_time is not None and real_time.admission == "check":
+            self.measure_costs()
+        work, events, ladder = self._load.admit(admit, real_time)
         self._wake.set()
         return Session(
             work.number,
             driver=self,
             source=source,
             events=events,
-            read_stats=lambda: work.stats,
+            read_stats=lambda: _session_stats(work, ladder),
             protocol=self.protocol,
             preprocess=self.preprocess,
             hidden_size=self.model.text.hidden_size,
             chunk_seconds=plan.profile.chunk_seconds,
-            max_patches=self.limits.max_patches if max_patches is None else max_patches,
+            max_patches=plan.max_patches,
             takes_frames=self._worker.takes_frames,
             takes_embeddings=self._worker.takes_embeddings,
+            ladder=ladder,
+        )
+
+    def measure_costs(self, seconds: float = REHEARSAL_SECONDS) -> None:
+        """Learn what work costs here from a few turns of sessions of black frames.
+
+        Does nothing where costs are known already, sessions are open (whose steps will tell), or
+        the executor tells nothing of its steps. Observers are not told of it.
+        """
+        if not self._worker.sessions:
+            self._load.measure(
+                partial(
+                    rehearse,
+                    self.open_session,
+                    self._load.meter,
+                    self._planner.plan(),
+                    self.preprocess,
+                    self.protocol,
+                    seconds=seconds,
+                )
+            )
+
+    def capacity(self) -> EngineCapacity:
+        """How many live sessions of the bundle's default kind fit, as far as costs are known.
+
+        Raises CapacityError if not even one has room in the context.
+        """
+        plan, total = self._planner.plan(), self._worker.stats().pages_total
+        shared = prefix_pages(plan.prefix, self._worker.page_size)
+        return self._load.capacity(
+            plan,
+            pages=total - shared if total else None,
+            limit=self.max_sessions,
         )
 
     def run_until_idle(self) -> bool:
@@ -201,7 +257,7 @@ class StreamingEngine:
         worked = False
         while True:
             self._wake.clear()
-            if self._worker.run_once():
+            if self._run_round():
                 worked = True
             elif (patience := self._worker.patience()) is not None:
                 self._wake.wait(patience)
@@ -220,7 +276,7 @@ class StreamingEngine:
 
     def stats(self) -> EngineStats:
         """Figures of now."""
-        return self._worker.stats()
+        return self._load.complete(self._worker.stats())
 
     @property
     def failure(self) -> str | None:
@@ -236,6 +292,7 @@ class StreamingEngine:
         if self._stopping:
             return
         self._stopping = True
+        self._load.close("The engine was closed.")
         self._wake.set()
         if self._thread is not None:
             self._thread.join()
@@ -253,20 +310,21 @@ class StreamingEngine:
     ) -> None:
         self.close()
 
-    def _make_worker(self, executor: Executor | PromptExecutor, observer: EngineObserver) -> Worker:
+    def _make_worker(self, executor: Executor | PromptExecutor) -> Worker:
+        model, protocol, limits = self.model, self.protocol, self.limits
         if isinstance(executor, PromptExecutor):
             return PromptWorker(
-                executor, self.model, self.protocol, self.limits, observer, wake=self._wake.set
+                executor, model, protocol, limits, self._load.observer, wake=self._wake.set
             )
-        return PagedWorker(executor, self.model, self.protocol, self.limits, observer)
+        return PagedWorker(executor, model, protocol, limits, self._load.observer)
 
     def _admit(
         self,
         plan: SessionPlan,
         sampling: SamplingParams,
         source: SessionInput,
-        events: EventStream,
-    ) -> Work:
+        real_time: RealTime | None,
+    ) -> tuple[Work, EventStream, LadderControl | None]:
         """Reserve all a session can need, or raise CapacityError and leave nothing behind."""
         with self._opening:
             if self._worker.sessions >= self.max_sessions:
@@ -275,20 +333,52 @@ class StreamingEngine:
                     "close one first."
                 )
             self._numbers += 1
-            return self._worker.admit(self._numbers, plan, sampling, source, events)
+            number = self._numbers
+            ladder = self._load.enter(number, plan, real_time)
+            events = EventStream(
+                replied=_lag_teller(ladder), ended=partial(self._load.leave, number)
+            )
+            try:
+                return (self._worker.admit(number, plan, sampling, source, events), events, ladder)
+            except BaseException:
+                self._load.leave(number)
+                raise
+
+    def _run_round(self) -> bool:
+        started = time.monotonic()
+        worked = self._worker.run_once()
+        if worked:
+            self._load.meter.round_done(time.monotonic() - started)
+        return worked
 
     def _work(self) -> None:
         """The engine's thread."""
         try:
             while not self._stopping:
                 self._wake.clear()
-                if not self._worker.run_once():
+                if not self._run_round():
                     self._wake.wait(self._worker.patience())
         except BaseException as error:
             _log.exception("The engine's loop failed")
             sentence = f"The engine failed ({type(error).__name__}: {error}); load it again."
             self._failure = sentence
             self._worker.stop(sentence, failed=True)
+
+
+def _session_stats(work: Work, ladder: LadderControl | None) -> SessionStats:
+    return work.stats if ladder is None else replace(work.stats, rung=ladder.rung)
+
+
+def _lag_teller(ladder: LadderControl | None) -> Callable[[Event], None] | None:
+    """Tells a ladder how late each reply is; ends of sessions are none."""
+    if ladder is None:
+        return None
+
+    def tell(event: Event) -> None:
+        if event.timing is not None:
+            ladder.replied(event.lag)
+
+    return tell
 
 
 def default_sampling(defaults: StreamingDefaults) -> SamplingParams:

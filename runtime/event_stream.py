@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 
 from framesink.runtime.events import Event
@@ -11,7 +12,15 @@ from framesink.runtime.events import Event
 class EventStream:
     """An unbounded queue of events with an end. Safe from any thread and any event loop."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        *,
+        replied: Callable[[Event], None] | None = None,
+        ended: Callable[[], None] | None = None,
+    ) -> None:
+        """`replied` is told every final event, `ended` the end, once, in the thread it comes in."""
+        self._replied = replied
+        self._tell_end = ended
         self._events: deque[Event] = deque()
         self._ended = False
         self._changed = threading.Condition()
@@ -26,15 +35,20 @@ class EventStream:
     def put(self, event: Event) -> None:
         """Add an event; after the end it is dropped."""
         with self._changed:
-            if not self._ended:
-                self._events.append(event)
-                self._notify()
+            if self._ended:
+                return
+            self._events.append(event)
+            self._notify()
+        if event.final and self._replied is not None:
+            self._replied(event)
 
     def end(self) -> None:
         """No more events will come; those in the queue can still be taken."""
         with self._changed:
-            self._ended = True
+            first, self._ended = not self._ended, True
             self._notify()
+        if first and self._tell_end is not None:
+            self._tell_end()
 
     def poll(self) -> Event | None:
         """The next event, if there is one."""

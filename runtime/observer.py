@@ -31,6 +31,34 @@ class EngineObserver(Protocol):
         ...
 
 
+class Observers:
+    """Tells several, in order. With `only_first` the others are told nothing."""
+
+    def __init__(self, *observers: EngineObserver) -> None:
+        self.only_first = False
+        self._observers = observers
+
+    def stepped(self, report: StepReport) -> None:
+        """See EngineObserver."""
+        for observer in self._told():
+            observer.stepped(report)
+
+    def encoded(self, patches: int, seconds: float) -> None:
+        """See EngineObserver."""
+        for observer in self._told():
+            observer.encoded(patches, seconds)
+
+    def turn_began(self, session: int, *, evicted_tokens: int, dropped_frames: int) -> None:
+        """See EngineObserver."""
+        for observer in self._told():
+            observer.turn_began(
+                session, evicted_tokens=evicted_tokens, dropped_frames=dropped_frames
+            )
+
+    def _told(self) -> tuple[EngineObserver, ...]:
+        return self._observers[:1] if self.only_first else self._observers
+
+
 class NullObserver:
     """Keeps no figures."""
 

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from framesink.runtime.arrays import Float32Array, UInt8Array
 from framesink.runtime.errors import CapacityError, OptionError, VideoError
 from framesink.runtime.event_stream import EventStream
 from framesink.runtime.events import Event
+from framesink.runtime.load.ladder_control import LadderControl, Treatment
 from framesink.runtime.preprocess import (
     Grid,
     PreprocessConfig,
@@ -69,10 +71,11 @@ class Session:
         max_patches: int,
         takes_frames: bool = False,
         takes_embeddings: bool = True,
+        ladder: LadderControl | None = None,
     ) -> None:
         """Made by `StreamingEngine.open_session`. `takes_frames` says that the engine wants frames
         of the model's size in place of patches, `takes_embeddings` that it can do with a vision
-        encoder's answer."""
+        encoder's answer. `ladder` says what is left out of chunks when replies are late."""
         self.number = number
         self._driver = driver
         self._source = source
@@ -85,6 +88,7 @@ class Session:
         self._max_patches = max_patches
         self._takes_frames = takes_frames
         self._takes_embeddings = takes_embeddings
+        self._ladder = ladder
         self._next_t0 = 0.0
 
     # In.
@@ -129,6 +133,7 @@ class Session:
     ) -> None:
         """Add one chunk, and a question with it; frames become patches in the calling thread.
 
+        A live session that stands on a rung of its ladder leaves frames out or makes them smaller.
         Waits while the session's queue is full, for `timeout` seconds at most. Raises BacklogError
         when there is no room, SessionClosedError when the session takes no more input, VideoError
         for frames or times that make no sense, CapacityError for a chunk larger than the engine
@@ -137,8 +142,15 @@ class Session:
         handed_at = time.monotonic()
         self._source.require_open()
         _require_length(chunk.t0, chunk.t1)
-        frames = resize_frames(stack_frames(chunk.frames), self._preprocess)
-        grid = frame_grid(frames, self._preprocess)
+        stacked, preprocess = stack_frames(chunk.frames), self._preprocess
+        treatment = None
+        if self._ladder is not None:
+            treatment = self._ladder.treat(stacked.shape, chunk.timestamps)
+            preprocess = treatment.preprocess
+            if len(treatment.frames) < len(stacked):
+                stacked = stacked[list(treatment.frames)]
+        frames = resize_frames(stacked, preprocess)
+        grid = frame_grid(frames, preprocess)
         self._require_patches(grid, len(frames))
         prepared = PreparedChunk(
             content=NO_CONTENT if self._takes_frames else patchify(frames, self._preprocess)[0],
@@ -146,14 +158,14 @@ class Session:
             grid=grid,
             t0=chunk.t0,
             t1=chunk.t1,
-            frames=len(chunk.frames),
+            frames=len(frames),
             captured_at=chunk.captured_at,
             handed_at=handed_at,
             dropped=chunk.dropped,
             # A copy: the caller may use the array again.
             pixels=frames.copy() if self._takes_frames else None,
         )
-        self._put(prepared, question, block, timeout)
+        self._put(prepared, treatment, question, block, timeout)
 
     def push_embeddings(
         self,
@@ -213,7 +225,8 @@ class Session:
             handed_at=handed_at,
             dropped=0,
         )
-        self._put(prepared, question, block, timeout)
+        treatment = None if self._ladder is None else self._ladder.treat_encoded(grid, frames)
+        self._put(prepared, treatment, question, block, timeout)
 
     def ask(self, text: str) -> None:
         """Ask a question: it joins the next chunk, and that turn's events are of kind `answer`.
@@ -279,8 +292,15 @@ class Session:
             )
 
     def _put(
-        self, chunk: PreparedChunk, question: str | None, block: bool, timeout: float | None
+        self,
+        chunk: PreparedChunk,
+        treatment: Treatment | None,
+        question: str | None,
+        block: bool,
+        timeout: float | None,
     ) -> None:
+        if treatment is not None:
+            chunk = replace(chunk, reply_tokens=treatment.reply_tokens, notice=treatment.notice)
         asked = None if question is None else self._question(question)
         if not self._driver.threaded:
             block = False
@@ -288,6 +308,8 @@ class Session:
                 self._driver.run_until_idle()
         self._source.put_chunk(chunk, asked, block=block, timeout=timeout)
         self._next_t0 = chunk.t1
+        if self._ladder is not None and treatment is not None:
+            self._ladder.handed_over(treatment)
 
     def __enter__(self) -> "Session":
         return self

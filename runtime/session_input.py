@@ -19,7 +19,9 @@ class PreparedChunk:
     `[n / merge², hidden]` made of them; an executor that takes frames gets `pixels` uint8
     `[T, H, W, 3]` of the model's size instead, and `content` is empty. They cover video time
     `[t0, t1)` seconds in `frames` frames. `captured_at` and `handed_at` are `time.monotonic()` when
-    its last frame arrived and when it was pushed. `dropped` frames are missing from it.
+    its last frame arrived and when it was pushed. `dropped` frames are missing from it. The reply
+    to it has at most `reply_tokens` tokens, by default as many as the session's may have. `notice`
+    is a sentence about how it was treated, if that is news.
     """
 
     content: Float32Array
@@ -32,6 +34,8 @@ class PreparedChunk:
     handed_at: float
     dropped: int
     pixels: UInt8Array | None = None
+    reply_tokens: int | None = None
+    notice: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,8 @@ VISION_MARKS = 2  # the start and the end token of a vision block
 class SessionPlan:
     """A session's prefix and the most it will ever hold.
 
-    `pages` are those of its own, the prefix's apart; `first_query` are the tokens of a query placed
+    `pages` are those of its own, the prefix's apart; `max_patches` are those of a chunk;
+    `first_query` are the tokens of a query placed
     in the first turn, `previous_words` those of earlier words that the policy keeps.
     """
 
@@ -32,6 +33,7 @@ class SessionPlan:
     profile: TurnProfile
     prefix: tuple[Span, ...]
     pages: int
+    max_patches: int
     first_query: tuple[int, ...]
     previous_words: tuple[int, ...]
     max_new_tokens: int
@@ -45,6 +47,46 @@ def default_policy(defaults: StreamingDefaults) -> SinkWindow:
         vision_seconds=defaults.vision_seconds,
         reply_turns=defaults.reply_turns,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class SessionPlanner:
+    """Plans the sessions of an engine; what is left out is the bundle's default. `page_size` is in
+    tokens."""
+
+    protocol: ChatProtocol
+    model: ModelConfig
+    limits: Limits
+    defaults: StreamingDefaults
+    page_size: int
+
+    def plan(
+        self,
+        policy: Policy | None = None,
+        query: str | None = None,
+        placement: QueryPlacement = "pinned",
+        *,
+        chunk_seconds: float | None = None,
+        max_new_tokens: int | None = None,
+        max_patches: int | None = None,
+        previous_text: str = "",
+    ) -> SessionPlan:
+        """The plan of a session; an empty `query` is none. Raises what `plan_session` raises."""
+        defaults = self.defaults
+        query = defaults.query if query is None else query
+        return plan_session(
+            policy or default_policy(defaults),
+            query or None,
+            placement,
+            protocol=self.protocol,
+            model=self.model,
+            limits=self.limits,
+            page_size=self.page_size,
+            chunk_seconds=defaults.chunk_seconds if chunk_seconds is None else chunk_seconds,
+            max_new_tokens=defaults.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            max_patches=self.limits.max_patches if max_patches is None else max_patches,
+            previous_text=previous_text,
+        )
 
 
 def plan_session(
@@ -97,7 +139,7 @@ def plan_session(
     profile = _fit_questions(policy, profile, len(in_turn))
     words = _kept_words(policy, profile, spans, protocol.previous_words(previous_text))
     pages = policy.max_pages(profile)
-    return SessionPlan(policy, profile, spans, pages, in_turn, words, max_new_tokens)
+    return SessionPlan(policy, profile, spans, pages, max_patches, in_turn, words, max_new_tokens)
 
 
 def _kept_words(

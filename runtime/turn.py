@@ -18,7 +18,7 @@ class Turn:
     `time.monotonic()` values. `chunk` is there until it is encoded; `embeddings` float32
     `[v, hidden]` are those not yet handed to a step. `ending` is set when the last token has been
     sampled; `unfed` tokens of it are left to the next turn's prompt. `unsent` are the words whose
-    text no event has carried yet.
+    text no event has carried yet. `reply_tokens` bounds the reply more than the session does.
     """
 
     number: int
@@ -38,6 +38,7 @@ class Turn:
     unsent: list[int] = field(default_factory=list)
     ending: bool = False
     unfed: int = 0
+    reply_tokens: int | None = None
 
     @property
     def kind(self) -> EventKind:

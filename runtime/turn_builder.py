@@ -53,6 +53,7 @@ class TurnBuilder:
             chunk=chunk,
             reply=Reply(self._protocol.reply_closing),
             detokenizer=Detokenizer(self._protocol.tokenizer),
+            reply_tokens=chunk.reply_tokens if chunk else None,
         )
 
     def spans(self, turn: Turn, question: tuple[int, ...]) -> list[Span]:
@@ -72,19 +73,23 @@ class TurnBuilder:
         return spans
 
     def notice_of_drops(self, turn: Turn) -> Event | None:
-        """An event that says so when frames begin to be dropped."""
+        """An event that says so when frames begin to be dropped, or the stream's rung changes."""
         chunk = turn.chunk
         if chunk is None:
             return None
         began = chunk.dropped > 0 and not self._dropping
         self._dropping = chunk.dropped > 0
-        if not began:
+        sentences: list[str] = []
+        if began:
+            sentences.append(
+                f"{chunk.dropped} frames between {chunk.t0:.1f} s and {chunk.t1:.1f} s of video "
+                "were dropped because inference is late."
+            )
+        if chunk.notice is not None:
+            sentences.append(chunk.notice)
+        if not sentences:
             return None
-        sentence = (
-            f"{chunk.dropped} frames between {chunk.t0:.1f} s and {chunk.t1:.1f} s of video "
-            "were dropped because inference is late."
-        )
-        return turn.event(EventKind.DEGRADED, sentence, time.monotonic())
+        return turn.event(EventKind.DEGRADED, " ".join(sentences), time.monotonic())
 
     def error(self, turn: Turn | None, sentence: str) -> Event:
         """The final event of a session that fails during a turn, or between two."""

@@ -126,7 +126,7 @@ class Conversation:
             session=self._session,
             prompt=prompt,
             sampling=replace(self._sampling, seed=(self._seed + turn.number) % _SEEDS),
-            max_new_tokens=plan.max_new_tokens,
+            max_new_tokens=turn.reply_tokens or plan.max_new_tokens,
             # The others never sample a token that would open something; here it ends the reply.
             stop_tokens=self._protocol.stop_tokens | self._protocol.suppressed_tokens,
         )
