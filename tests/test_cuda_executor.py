@@ -1,6 +1,7 @@
 """The CUDA executor over plain torch on the CPU: the same words as ONNX Runtime's graphs."""
 
 import dataclasses
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,12 +13,15 @@ from reference.recording import RecordingExecutor
 from reference.scenario import NUM_PAGES, Scenario
 
 from framesink.runtime.bundle import Bundle
+from framesink.runtime.engine import StreamingEngine
 from framesink.runtime.errors import BundleError, CapacityError, FramesinkError
 from framesink.runtime.executors import create_executor
 from framesink.runtime.executors.base import (
     ChoosingExecutor,
     ContextView,
+    Executor,
     FrameEncoder,
+    LaunchingExecutor,
     SequenceInput,
 )
 from framesink.runtime.executors.cuda.support import why_not_cuda
@@ -89,6 +93,75 @@ def test_sessions_together_over_frames_and_chosen_tokens(tiny_bundle: Path) -> N
             assert engine.stats().mean_batch > 1.2
             assert all(session.stats().evicted_tokens > 0 for session in sessions)
     assert said[:14] == said[14:]
+
+
+class WaitingExecutor:
+    """Passes every call on, and is none that launches."""
+
+    def __init__(self, executor: CudaExecutor) -> None:
+        self.name = executor.name
+        self.page_size = executor.page_size
+        self.num_pages = executor.num_pages
+        self.encode_vision = executor.encode_vision
+        self.encode_frames = executor.encode_frames
+        self.step = executor.step
+        self.step_and_choose = executor.step_and_choose
+        self.close = executor.close
+
+
+def replies_of_four(
+    bundle: Bundle, executor: Executor, closing: list[int] | None
+) -> list[list[tuple[int, ...]]]:
+    """What sessions with replies of different lengths say, one of which ends in flight; `closing`
+    ends replies instead of ` ...`."""
+    manifest, protocol = bundle.manifest, bundle.protocol()
+    protocol.reply_closing = closing or protocol.reply_closing
+    with StreamingEngine(
+        executor,
+        manifest.model,
+        protocol,
+        manifest.preprocess,
+        manifest.streaming,
+        manifest.limits,
+        threaded=False,
+    ) as engine:
+        sessions = [
+            dataclasses.replace(EVICTING, seed=seed, max_new_tokens=length).open_session(engine)
+            for seed, length in enumerate((1, 4, 7, 9))
+        ]
+        said = []
+        for number in range(8):
+            for session in sessions:
+                session.push_chunk(EVICTING.chunk(number))
+            if number == 5:
+                for _ in range(3):
+                    engine._worker.run_once()
+                sessions.pop().close()
+                engine.check_integrity()
+            engine.run_until_idle()
+            engine.check_integrity()
+            said.append([list(session)[-1].tokens for session in sessions])
+        for session in sessions:
+            session.close()
+        assert engine.stats().pages_used == 0
+    return said
+
+
+def test_launching_ahead_changes_nothing(tiny_bundle: Path) -> None:
+    """Also where the model's commonest word may be the closing: rows that were guessed wrongly
+    leave no trace in the tables on the device."""
+    bundle = Bundle.open(tiny_bundle, check="sizes")
+    launching = cpu_executor(bundle)
+    assert isinstance(launching, LaunchingExecutor)
+    waiting = WaitingExecutor(cpu_executor(bundle))
+    assert not isinstance(waiting, LaunchingExecutor)
+    said = replies_of_four(bundle, waiting, None)
+    assert replies_of_four(bundle, launching, None) == said
+    words = Counter(token for replies in said for reply in replies for token in reply)
+    ((commonest, _),) = words.most_common(1)
+    said = replies_of_four(bundle, WaitingExecutor(cpu_executor(bundle)), [commonest])
+    assert replies_of_four(bundle, cpu_executor(bundle), [commonest]) == said
+    assert sum(reply[:-1].count(commonest) for replies in said for reply in replies) > 3
 
 
 def test_each_part_has_its_own_type(tiny_bundle: Path) -> None:

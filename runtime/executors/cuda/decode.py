@@ -17,7 +17,7 @@ from framesink.runtime.executors.base import SequenceInput
 from framesink.runtime.executors.cuda.capture import capture
 from framesink.runtime.executors.cuda.context_tables import ContextTables, PendingTiles
 from framesink.runtime.executors.cuda.kernels.step_tokens import TileChanges
-from framesink.runtime.executors.cuda.kernels.tiles import TILE_ROWS
+from framesink.runtime.executors.cuda.kernels.tiles import TILE_ROWS, DeviceTiles
 from framesink.runtime.executors.cuda.language_model import LanguageModel, NewRows
 from framesink.runtime.executors.cuda.operations import Operations
 from framesink.runtime.executors.cuda.staging import Staging
@@ -135,16 +135,15 @@ class DecodeRunner:
         self._array[_Field.SLOT, first:] = NO_SLOT
         self._array[_Field.ROW, first:] = self._tables.padding_row
 
-    def _forward(self, size: int) -> StepResult:
-        inputs = self._inputs[:, :size]
-        rows = inputs[_Field.ROW]
-        tiles = self._tables.read(rows)
-        embedding = self._model.embedding
-        hidden = embedding.new_empty(size, embedding.shape[1])
+    def begin(self, hidden: Tensor) -> DeviceTiles:
+        """Write the embeddings of the first sequences' tokens into `hidden` `[size, hidden]`, and
+        bring their contexts in the tables up to date. Can be captured in a graph."""
+        inputs = self._inputs[:, : len(hidden)]
+        tiles = self._tables.read(inputs[_Field.ROW])
         self._operations.begin_step(
             inputs[_Field.TOKEN],
             self._chooser.last_tokens,
-            embedding,
+            self._model.embedding,
             tiles,
             TileChanges(
                 inputs[_Field.TILE],
@@ -154,8 +153,15 @@ class DecodeRunner:
             ),
             hidden,
         )
+        return tiles
+
+    def _forward(self, size: int) -> StepResult:
+        inputs = self._inputs[:, :size]
+        embedding = self._model.embedding
+        hidden = embedding.new_empty(size, embedding.shape[1])
+        tiles = self.begin(hidden)
         positions = inputs[_Field.POSITIONS : _Field.BASE]
         logits = self._model.decode(
             hidden, NewRows(positions, inputs[_Field.BASE], inputs[_Field.SLOT]), tiles
         )
-        return StepResult(logits, self._chooser.choose(logits, rows))
+        return StepResult(logits, self._chooser.choose(logits, tiles.rows))

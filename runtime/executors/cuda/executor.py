@@ -11,11 +11,11 @@ from framesink.runtime.arrays import Float32Array, UInt8Array
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.errors import CapacityError
 from framesink.runtime.executors.base import NEXT_TOKEN, SequenceInput
+from framesink.runtime.executors.cuda.answers import AnswerReturn, PendingAnswers
 from framesink.runtime.executors.cuda.context_tables import ContextTables
 from framesink.runtime.executors.cuda.decode import DecodeRunner, StepResult
 from framesink.runtime.executors.cuda.gpu_clock import GpuClock
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
-from framesink.runtime.executors.cuda.kernels.step_tokens import NOT_FINITE
 from framesink.runtime.executors.cuda.kernels.tiles import TILE_ROWS
 from framesink.runtime.executors.cuda.language_model import LanguageModel
 from framesink.runtime.executors.cuda.layers import Layers
@@ -128,11 +128,13 @@ class CudaExecutor:
             self._decode = DecodeRunner(
                 model, self._tables, self._staging, self._chooser, operations, largest, device
             )
+            self._answers = AnswerReturn(largest, config.text.vocab_size, device)
             self._prefill = PrefillRunner(
                 model,
                 self._tables,
                 self._staging,
                 self._chooser,
+                self._decode,
                 config.video_token_id,
                 page_size,
                 device,
@@ -186,33 +188,27 @@ class CudaExecutor:
 
     def step(self, batch: Sequence[SequenceInput]) -> list[Float32Array | None]:
         """Run one in-flight batch: see `Executor.step`."""
-        with torch.no_grad():
-            answers: list[Float32Array | None] = [None] * len(batch)
-            for places, result in self._run(batch):
-                for place, row in zip(places, result.logits, strict=True):
-                    if batch[place].needs_logits:
-                        answers[place] = _to_host(row)
-        return answers
+        with_logits = [place for place, given in enumerate(batch) if given.needs_logits]
+        answers = self._answers.wait(self._launch(batch, with_logits=with_logits))
+        return [None if isinstance(answer, int) else answer for answer in answers]
 
     def step_and_choose(self, batch: Sequence[SequenceInput]) -> list[Float32Array | int | None]:
         """Run one in-flight batch: see `ChoosingExecutor.step_and_choose`."""
-        chooses = [self._chooser.serves(given.suppressed) for given in batch]
-        answers: list[Float32Array | int | None] = [None] * len(batch)
-        with torch.no_grad():
-            results = self._run(batch)
-            if not any(given.needs_logits for given in batch):
-                return answers
-            # One wait a step, for all tokens.
-            tokens = iter(torch.cat([result.tokens for _, result in results]).tolist())
-            for places, result in results:
-                for row, place in enumerate(places):
-                    token = next(tokens)
-                    if not batch[place].needs_logits:
-                        continue
-                    # Logits that are not finite go to the session's own sampler, which refuses.
-                    chosen = chooses[place] and token != NOT_FINITE
-                    answers[place] = token if chosen else _to_host(result.logits[row])
-        return answers
+        return self.collect(self.launch(batch))
+
+    def launch(self, batch: Sequence[SequenceInput]) -> PendingAnswers:
+        """Launch one in-flight batch: see `LaunchingExecutor.launch`."""
+        chooser = self._chooser
+        host = [place for place, given in enumerate(batch) if not chooser.serves(given.suppressed)]
+        return self._launch(
+            batch, with_logits=[place for place in host if batch[place].needs_logits]
+        )
+
+    def collect(self, launched: object) -> list[Float32Array | int | None]:
+        """Wait for a launched batch: see `LaunchingExecutor.collect`."""
+        if not isinstance(launched, PendingAnswers):
+            raise TypeError("this is no step that the cuda executor has launched")
+        return self._answers.wait(launched)
 
     def gpu_seconds(self) -> dict[str, float]:
         """See `TimedExecutor.gpu_seconds`; empty on the CPU."""
@@ -234,11 +230,16 @@ class CudaExecutor:
         with torch.no_grad():
             return self._beside.run(measured)
 
-    def _run(self, batch: Sequence[SequenceInput]) -> list[tuple[list[int], StepResult]]:
-        """Launch a step: sequences of one new token together, all others as packed prompt parts.
+    def _launch(self, batch: Sequence[SequenceInput], *, with_logits: list[int]) -> PendingAnswers:
+        """Launch a step, and the way back of its answers: logits for the sequences at the places
+        `with_logits`, tokens for others."""
+        with torch.no_grad():
+            places, result = self._run(batch)
+            return self._answers.send(batch, places, result, with_logits)
 
-        Returns the results of either, with whose they are.
-        """
+    def _run(self, batch: Sequence[SequenceInput]) -> tuple[list[int], StepResult | None]:
+        """Launch a step. Steps of one new token alone are replayed; prompt parts are packed, with
+        such steps before them. Returns the result, and the places of the sequences in it."""
         for given in batch:
             self._check_reach(given)
             if NEXT_TOKEN in given.token_ids and not self._tables.knows(given.context):
@@ -249,21 +250,20 @@ class CudaExecutor:
         self._staging.clear()
         decoding = [place for place, given in enumerate(batch) if _is_decode(given)]
         parts = [place for place, given in enumerate(batch) if not _is_decode(given)]
-        pending = self._decode.fill([batch[place] for place in decoding])
-        prepared = self._prefill.prepare([batch[place] for place in parts])
+        decodes = [batch[place] for place in decoding]
+        pending = self._decode.fill(decodes)
+        prepared = self._prefill.prepare(decodes, [batch[place] for place in parts])
         self._staging.send()
         for tiles in pending:
             self._tables.store(tiles)
-        results: list[tuple[list[int], StepResult]] = []
-        if decoding:
+        if prepared is None:
             with self._measure("decode"):
-                results.append((decoding, self._decode.run(len(decoding))))
-        if prepared is not None:
-            wanted = [place for place in parts if batch[place].needs_logits]
-            self._beside.join()
-            with self._measure("prefill"):
-                results.append((wanted, self._prefill.run(prepared)))
-        return results
+                return decoding, self._decode.run(len(decoding))
+        self._beside.join()
+        with self._measure("prefill"):
+            result = self._prefill.run(prepared)
+        wanted = [place for place in parts if batch[place].needs_logits]
+        return decoding + wanted, result
 
     def _measure(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self._clock is None else self._clock.measure(name)
@@ -297,8 +297,3 @@ class CudaExecutor:
 
 def _is_decode(given: SequenceInput) -> bool:
     return given.token_ids.size == 1 and given.vision_embeddings is None
-
-
-def _to_host(logits: Tensor) -> Float32Array:
-    array: Float32Array = logits.float().cpu().numpy()
-    return array

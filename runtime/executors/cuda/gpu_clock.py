@@ -2,30 +2,17 @@
 
 import threading
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+from framesink.runtime.covered_time import CoveredTime
 
 # What the time in which the GPU worked on anything is called.
 BUSY = "busy"
 # Events that wait take memory.
 _COLLECT_AT = 1000
-
-
-class CoveredTime:
-    """The length of a union of spans, which come roughly in the order of their begins."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._until = float("-inf")
-
-    def add(self, spans: Iterable[tuple[float, float]]) -> None:
-        """Count spans (begin, end), in seconds, that do not begin before those of earlier calls; of
-        one that does, what lies before the end of all others is not counted."""
-        for begin, end in sorted(spans):
-            self.seconds += max(0.0, end - max(begin, self._until))
-            self._until = max(self._until, end)
 
 
 class GpuClock:

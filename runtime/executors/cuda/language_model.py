@@ -6,7 +6,6 @@ Source: `transformers` `models/qwen2_5_vl/modeling_qwen2_5_vl.py` (`Qwen2_5_VLTe
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from framesink.runtime.executors.cuda.kernels.pages import LayerPages
@@ -33,7 +32,8 @@ class NewRows:
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedParts:
     """Parts of prompts, one after another: `starts` int32 `[B + 1]` says where each begins,
-    `longest` is the largest part, `last` int64 `[n]` the tokens whose logits are wanted."""
+    `longest` is the largest part, `last` int64 `[n]` the tokens whose logits are wanted, counted
+    from the first of the step."""
 
     starts: Tensor
     longest: int
@@ -62,10 +62,6 @@ class LanguageModel:
         """The embeddings of all tokens `[vocab, hidden]`."""
         return self._weights.embedding
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Embeddings `[m, hidden]` of token ids int `[m]`, a tensor of its own."""
-        return torch.nn.functional.embedding(tokens, self._weights.embedding)
-
     def decode(self, hidden: Tensor, rows: NewRows, tiles: DeviceTiles) -> Tensor:
         """One token of each of B sequences: logits `[B, vocab]`, in the compute type.
 
@@ -82,25 +78,36 @@ class LanguageModel:
         return self._logits(hidden, delta)
 
     def prefill(
-        self, hidden: Tensor, rows: NewRows, parts: PackedParts, context: DeviceRows
+        self,
+        hidden: Tensor,
+        rows: NewRows,
+        parts: PackedParts,
+        context: DeviceRows,
+        tiles: DeviceTiles | None = None,
     ) -> Tensor:
         """Parts of prompts: logits `[n, vocab]` of the tokens `parts.last`, in the compute type.
 
         `hidden` `[m, hidden]` are the tokens' embeddings, which are overwritten; `context` are the
-        rows before them.
+        rows before them. With `tiles` the first tokens are one of each of B other sequences, as
+        `decode` takes them: so both read the weights together.
         """
         operations = self._layers.operations
+        single = 0 if tiles is None else len(tiles.rows)
 
         def attend(output: Linear, qkv: Tensor, pages: LayerPages, mixed: Tensor) -> None:
             self._append(qkv, rows, pages)
+            if tiles is not None:
+                operations.paged_decode(
+                    qkv[:single], self._rotary, tiles, pages, mixed[:single], output.input
+                )
             operations.paged_prefill(
-                qkv,
+                qkv[single:],
                 self._rotary,
                 parts.starts,
                 parts.longest,
                 context,
                 pages,
-                mixed,
+                mixed[single:],
                 output.input,
             )
 

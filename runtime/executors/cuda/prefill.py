@@ -1,4 +1,7 @@
-"""Parts of prompts, of any number and length, packed one after another."""
+"""Parts of prompts, of any number and length, packed one after another.
+
+Sequences that decode in the same step go before them: all read the weights together.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +13,7 @@ from torch import Tensor
 from framesink.runtime.arrays import Int32Array
 from framesink.runtime.executors.base import SequenceInput
 from framesink.runtime.executors.cuda.context_tables import ContextTables
-from framesink.runtime.executors.cuda.decode import StepResult
+from framesink.runtime.executors.cuda.decode import DecodeRunner, StepResult
 from framesink.runtime.executors.cuda.kernels.tiles import DeviceRows
 from framesink.runtime.executors.cuda.language_model import LanguageModel, NewRows, PackedParts
 from framesink.runtime.executors.cuda.staging import Staging
@@ -21,11 +24,13 @@ from framesink.runtime.executors.cuda.token_choice import TokenChooser
 class PreparedParts:
     """What a run needs; every tensor holds its numbers once staging is sent.
 
-    `tokens` int32 `[m]`, `vision_places` int32 `[v]`: those that `embeddings` `[v, hidden]`
-    replace. `last` int32 `[n]` are the tokens whose logits are wanted, `last_contexts` int32 `[n]`
-    the rows of their contexts in the tables.
+    The step's first `decoding` tokens are decode steps; `tokens` int32 `[m]` are those of the parts
+    after them. All else is about both: `vision_places` int32 `[v]` are the tokens that `embeddings`
+    `[v, hidden]` replace, `last` int32 `[n]` those whose logits are wanted, `last_contexts` int32
+    `[n]` the rows of their contexts in the tables.
     """
 
+    decoding: int
     tokens: Tensor
     rows: NewRows
     starts: Tensor
@@ -46,6 +51,7 @@ class PrefillRunner:
         tables: ContextTables,
         staging: Staging,
         chooser: TokenChooser,
+        decode: DecodeRunner,
         vision_token: int,
         page_size: int,
         device: torch.device,
@@ -55,47 +61,52 @@ class PrefillRunner:
         self._tables = tables
         self._staging = staging
         self._chooser = chooser
+        self._decode = decode
         self._vision_token = vision_token
         self._page_size = page_size
         self._device = device
 
-    def prepare(self, batch: Sequence[SequenceInput]) -> PreparedParts | None:
-        """Stage a step's integers; None for an empty batch."""
-        if not batch:
+    def prepare(
+        self, decodes: Sequence[SequenceInput], parts: Sequence[SequenceInput]
+    ) -> PreparedParts | None:
+        """Stage a step's integers; None without parts. `decodes` are the sequences whose decode
+        step the `DecodeRunner` was filled with."""
+        if not parts:
             return None
         put = self._staging.put
-        lengths = np.array([given.token_ids.size for given in batch], np.int32)
-        starts = np.zeros(len(batch) + 1, np.int32)
+        everyone = [*decodes, *parts]
+        lengths = np.array([given.token_ids.size for given in parts], np.int32)
+        starts = np.zeros(len(parts) + 1, np.int32)
         np.cumsum(lengths, out=starts[1:])
-        tokens = np.concatenate([given.token_ids for given in batch])
-        embeddings = [
-            given.vision_embeddings for given in batch if given.vision_embeddings is not None
-        ]
         replaced = np.concatenate(
             [
                 (given.token_ids == self._vision_token) & (given.vision_embeddings is not None)
-                for given in batch
+                for given in parts
             ]
         )
-        wanted = [index for index, given in enumerate(batch) if given.needs_logits]
+        wanted = [index for index, given in enumerate(parts) if given.needs_logits]
+        single = np.arange(len(decodes), dtype=np.int32)
+        asked = [*decodes, *(parts[index] for index in wanted)]
+        contexts = self._tables.take_rows([given.context for given in asked])
         return PreparedParts(
-            tokens=put(tokens),
+            decoding=len(decodes),
+            tokens=put(np.concatenate([given.token_ids for given in parts])),
             rows=NewRows(
-                put(np.concatenate([given.positions for given in batch], axis=1)),
-                put(_bases(batch)),
-                put(np.concatenate([given.slots for given in batch])),
+                put(np.concatenate([given.positions for given in everyone], axis=1)),
+                put(_bases(everyone)),
+                put(np.concatenate([given.slots for given in everyone])),
             ),
             starts=put(starts),
             longest=int(lengths.max()),
-            last=put(starts[1:][wanted] - 1),
-            last_contexts=put(
-                np.array(
-                    self._tables.take_rows([batch[index].context for index in wanted]), np.int32
-                )
+            last=put(np.concatenate([single, len(decodes) + starts[1:][wanted] - 1])),
+            last_contexts=put(np.array(contexts, np.int32)),
+            context=self._put_contexts(parts),
+            vision_places=put(len(decodes) + np.flatnonzero(replaced).astype(np.int32)),
+            embeddings=tuple(
+                torch.as_tensor(given.vision_embeddings, device=self._device)
+                for given in parts
+                if given.vision_embeddings is not None
             ),
-            context=self._put_contexts(batch),
-            vision_places=put(np.flatnonzero(replaced).astype(np.int32)),
-            embeddings=tuple(torch.as_tensor(rows, device=self._device) for rows in embeddings),
         )
 
     def _put_contexts(self, batch: Sequence[SequenceInput]) -> DeviceRows:
@@ -122,8 +133,11 @@ class PrefillRunner:
         )
 
     def run(self, prepared: PreparedParts) -> StepResult:
-        """The results of the parts that want logits, in their order."""
-        hidden = self._model.embed(prepared.tokens)
+        """The results of the decode steps, then of the parts that want logits, in their order."""
+        single, embedding = prepared.decoding, self._model.embedding
+        hidden = embedding.new_empty(single + len(prepared.tokens), embedding.shape[1])
+        tiles = self._decode.begin(hidden[:single]) if single else None
+        torch.index_select(embedding, 0, prepared.tokens, out=hidden[single:])
         if prepared.embeddings:
             vision = torch.cat([rows.to(hidden.dtype) for rows in prepared.embeddings])
             hidden[prepared.vision_places.long()] = vision
@@ -132,6 +146,7 @@ class PrefillRunner:
             prepared.rows,
             PackedParts(prepared.starts, prepared.longest, prepared.last.long()),
             prepared.context,
+            tiles,
         )
         return StepResult(logits, self._chooser.choose(logits, prepared.last_contexts))
 
