@@ -117,6 +117,20 @@ class Sequence:
         return self._opened_at + self._options.profile.chunk_seconds
 
     @property
+    def chunk_seconds(self) -> float:
+        """How long its chunks are, in seconds of video time."""
+        return self._options.profile.chunk_seconds
+
+    @property
+    def reply_tokens(self) -> int:
+        """The most tokens of the turn's reply that are still to come."""
+        return 0 if self._turn is None else self._most_reply_tokens - len(self._turn.sampled)
+
+    @property
+    def _most_reply_tokens(self) -> int:
+        return self._current.reply_tokens or self._options.max_new_tokens
+
+    @property
     def chunk_to_encode(self) -> PreparedChunk | None:
         """The chunk the turn waits for."""
         return self._turn.chunk if self._turn else None
@@ -149,7 +163,7 @@ class Sequence:
         return (
             self._sampler.takes_likeliest
             and self._reply_writer.may_guess
-            and sampled < self._options.max_new_tokens
+            and sampled < self._most_reply_tokens
         )
 
     # A turn.
@@ -167,7 +181,7 @@ class Sequence:
             return False
         turn = self._turn = self._builder.begin(given)
         self._writer = ReplyWriter(self.cache, turn.reply, turn.number)
-        notice = self._builder.notice_of_drops(turn)
+        notice = self._builder.notice(turn)
         if notice is not None:
             self._events.put(notice)
         question = given.question.tokens if given.question else ()
@@ -259,7 +273,7 @@ class Sequence:
             self._seen[token] = True
         if not self._reply_writer.push(token):
             self._pass_over_next_answer()
-        if len(turn.sampled) == self._options.max_new_tokens:
+        if len(turn.sampled) == self._most_reply_tokens:
             self._finish_reply(unfed=1)
             return
         text = turn.new_text()

@@ -72,7 +72,7 @@ class TurnBuilder:
         spans.append(text_span(SpanKind.REPLY, SpanPart.OPEN, number, protocol.reply_open))
         return spans
 
-    def notice_of_drops(self, turn: Turn) -> Event | None:
+    def notice(self, turn: Turn) -> Event | None:
         """An event that says so when frames begin to be dropped, or the stream's rung changes."""
         chunk = turn.chunk
         if chunk is None:

@@ -99,7 +99,7 @@ class Conversation:
         if given is None:
             return None
         turn = self._turn = self._builder.begin(given)
-        notice = self._builder.notice_of_drops(turn)
+        notice = self._builder.notice(turn)
         if notice is not None:
             self._events.put(notice)
         before = _tokens(self._spans)
