@@ -13,9 +13,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from framesink.runtime.models.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from framesink.runtime.models.config import ModelConfig, parse_config
 from framesink.runtime.models.quantization import (
+    CacheScheme,
     LinearScheme,
     Quantization,
     TensorRule,
+    cache_tensors,
+    optional_cache_tensors,
     quantizable_linears,
     tensor_rules,
 )
@@ -25,6 +28,7 @@ _BLOCK_ELEMENTS = 1 << 22
 _DEVIATION = 0.02  # the initializer_range of the published configurations
 # Random codes fill their format to six standard deviations; inputs are taken to stay below 10.
 _LARGEST = {"float8_e4m3fn": 448.0, "int8": 127.0}
+_LARGEST_CACHED = {CacheScheme.FP8: 448.0, CacheScheme.INT8: 127.0}
 _DEVIATIONS = 6.0
 _INPUT_AMAX = 10.0
 
@@ -199,7 +203,14 @@ def _make_tokenizer(ordinary: int) -> Tokenizer:
 def random_tensors(config: ModelConfig, quantization: Quantization) -> dict[str, RandomTensor]:
     """What every tensor of such a checkpoint is drawn from, by canonical name."""
     rules, _ = tensor_rules(config, quantization)
-    return {name: _random_tensor(name, rules) for name in rules}
+    cache = quantization.cache
+    cached = cache_tensors(config.text, cache) | optional_cache_tensors(config.text, cache)
+    tensors = {
+        name: RandomTensor("float32", rule.shapes[0], _INPUT_AMAX / _LARGEST_CACHED[cache], 0.0)
+        for name, rule in cached.items()
+    }
+    others = [name for name in rules if name not in cached]
+    return tensors | {name: _random_tensor(name, rules) for name in others}
 
 
 def _random_tensor(name: str, rules: Mapping[str, TensorRule]) -> RandomTensor:

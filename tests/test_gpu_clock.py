@@ -5,9 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from framesink.runtime.covered_time import CoveredTime
+
 torch = pytest.importorskip("torch", reason="its events are torch's")
 
-from framesink.runtime.executors.cuda.gpu_clock import CoveredTime, GpuClock  # noqa: E402
+from framesink.runtime.executors.cuda.gpu_clock import GpuClock  # noqa: E402
 
 SPANS = st.lists(st.tuples(st.integers(0, 200), st.integers(0, 40)), max_size=30)
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import cycle, islice
 from pathlib import Path
 
 import cv2
@@ -15,6 +16,8 @@ from framesink.runtime.video.cutter import frames_per_chunk
 from framesink.runtime.video.source import open_source
 
 _TEXTURE_MARGIN = 64
+# Of a video that is repeated.
+_CHUNKS_KEPT = 4
 
 
 def generated_chunks(
@@ -58,6 +61,11 @@ def clip_chunks(path: Path, fps: float, chunk_seconds: float) -> Iterator[Chunk]
                     captured_at=time.monotonic(),
                 )
         offset = end
+
+
+def repeated(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """The first few chunks of a video again and again, which take no time to make."""
+    return cycle(list(islice(chunks, _CHUNKS_KEPT)))
 
 
 def _texture(random: np.random.Generator, height: int, width: int) -> UInt8Array:

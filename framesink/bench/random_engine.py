@@ -7,19 +7,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from framesink.build.random_checkpoint import (
-    SIZES,
-    quantize_blocks,
-    random_tensors,
-    write_random_description,
-)
+from framesink.bench.precisions import Precision, Precisions
+from framesink.build.random_checkpoint import SIZES, random_tensors, write_random_description
 from framesink.runtime.engine import StreamingEngine
 from framesink.runtime.errors import OptionError
 from framesink.runtime.executors.cuda import kernel_operations
 from framesink.runtime.executors.cuda.executor import CudaExecutor
 from framesink.runtime.manifest import Limits, StreamingDefaults
 from framesink.runtime.models.config import ModelConfig
-from framesink.runtime.models.quantization import LinearScheme, Quantization
+from framesink.runtime.models.quantization import (
+    CacheScheme,
+    LinearScheme,
+    Quantization,
+    quantizable_linears,
+)
+from framesink.runtime.models.weights import output_projection
 from framesink.runtime.preprocess import PreprocessConfig, frame_grid, resize_frames
 from framesink.runtime.protocol import ChatProtocol
 from framesink.runtime.tokenizer import Tokenizer
@@ -28,10 +30,17 @@ PAGE_SIZE = 16
 MAX_CONTEXT = 16_384
 MAX_PREFILL = 1024
 DTYPE = torch.bfloat16
-PRECISIONS = {
+# Frames may be smaller than the published minimum: a chunk of a few tokens measures the rest.
+MIN_PIXELS = 56 * 56
+_SCHEMES: dict[Precision, LinearScheme] = {
     "bf16": LinearScheme.UNQUANTIZED,
     "fp8": LinearScheme.FP8,
     "int8": LinearScheme.INT8,
+}
+_CACHE_SCHEMES: dict[Precision, CacheScheme] = {
+    "bf16": CacheScheme.UNQUANTIZED,
+    "fp8": CacheScheme.FP8,
+    "int8": CacheScheme.INT8,
 }
 
 
@@ -61,21 +70,39 @@ class RandomWeights:
         return self.get(name) if name in self._tensors else None
 
 
+def quantization_of(config: ModelConfig, precisions: Precisions) -> Quantization:
+    """How such a checkpoint is quantized."""
+    linears = {}
+    for name in quantizable_linears(config):
+        if name.startswith("model.layers."):
+            linears[name] = _SCHEMES[precisions.blocks]
+        elif name.startswith("visual.blocks."):
+            linears[name] = _SCHEMES[precisions.vision]
+        elif f"{name}.weight" == output_projection(config.text):
+            linears[name] = _SCHEMES[precisions.head]
+    return Quantization(linears, cache=_CACHE_SCHEMES[precisions.cache])
+
+
 def open_random_engine(
-    size: str, precision: str, *, sessions: int, frame_size: tuple[int, int]
+    size: str, precisions: Precisions, *, sessions: int, frame_size: tuple[int, int]
 ) -> StreamingEngine:
     """An engine on the first GPU with room for `sessions` sessions of `MAX_CONTEXT` tokens.
 
-    `size` is one of `framesink.build.random_checkpoint.SIZES`; the blocks' linear layers are in
-    `precision` (a key of `PRECISIONS`), all else in bf16. Chunks are two frames of at most
-    `frame_size` (height, width). Raises OptionError for a size that is unknown or a machine without
-    a GPU, CapacityError if weights and pages do not fit into the GPU's memory.
+    `size` is one of `framesink.build.random_checkpoint.SIZES`. Chunks are two frames of at most
+    `frame_size` (height, width). Raises OptionError for a size that is unknown, a head in one byte
+    where it is the embedding's table, or a machine without a GPU; CapacityError if weights and
+    pages do not fit into the GPU's memory.
     """
     if size not in SIZES:
         raise OptionError(f"There is no size {size!r}; there are {', '.join(SIZES)}.")
+    if SIZES[size]["tie_word_embeddings"] and precisions.head != "bf16":
+        raise OptionError(
+            f"The head of {size} is the embedding's table, which stays in 16 bits; leave out "
+            "--head-precision."
+        )
     if not torch.cuda.is_available():
         raise OptionError("Random weights are made on a GPU, and torch sees none here.")
-    preprocess = PreprocessConfig()
+    preprocess = PreprocessConfig(min_pixels=MIN_PIXELS)
     frames = resize_frames(np.zeros((2, *frame_size, 3), np.uint8), preprocess)
     max_patches = frame_grid(frames, preprocess).patches
     with TemporaryDirectory() as directory:
@@ -91,7 +118,7 @@ def open_random_engine(
     executor = CudaExecutor(
         config,
         preprocess,
-        RandomWeights(config, quantize_blocks(config, PRECISIONS[precision]), device),
+        RandomWeights(config, quantization_of(config, precisions), device),
         limits,
         num_pages=sessions * (MAX_CONTEXT // PAGE_SIZE) + 1,
         page_size=PAGE_SIZE,
@@ -107,5 +134,5 @@ def open_random_engine(
         preprocess,
         StreamingDefaults(),
         limits,
-        executor_reason=f"cuda on the GPU: random weights of {size}, {precision}.",
+        executor_reason=f"cuda on the GPU: random weights of {size}, {precisions}.",
     )

@@ -1,75 +1,47 @@
-"""Benchmark reports as tables and as JSON."""
+"""Benchmark reports as tables."""
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from framesink.bench.chunk import ChunkReport
 from framesink.bench.concurrency import ConcurrencyReport
-from framesink.bench.endurance import EnduranceReport
-from framesink.bench.environment import environment
+from framesink.bench.endurance import Checkpoint, EnduranceReport
+from framesink.bench.floors import ChunkFloor
 from framesink.bench.measure import Quantiles
-from framesink.bench.roofline_report import RooflineReport
+from framesink.bench.memory import Memory
 from framesink.bench.streams import StreamsReport
-from framesink.runtime.errors import OutputError
 
 if TYPE_CHECKING:  # it needs the client's packages, which no other benchmark does
     from framesink.bench.serve import ServeReport
 
-Report: TypeAlias = (
-    "ChunkReport | EnduranceReport | ConcurrencyReport | RooflineReport | ServeReport | "
-    "StreamsReport"
-)
-
-
-def write_json(report: Report, path: Path) -> None:
-    """Write a report, times in seconds and memory in bytes. Raises OutputError."""
-    name = type(report).__name__.removesuffix("Report").lower()
-    content: dict[str, Any] = {
-        "benchmark": name,
-        "environment": asdict(environment()),
-        **_finite(asdict(report)),
-    }
-    if isinstance(report, EnduranceReport):
-        content |= {"growth": asdict(report.growth), "full_growth": asdict(report.full_growth)}
-    try:
-        path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise _refusal(path, error) from error
-
-
-def require_writable(path: Path) -> None:
-    """Raise OutputError if a report could not be written; an hour's work should not be lost."""
-    existed = path.exists()
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise _refusal(path, error) from error
-    if not existed:
-        path.unlink()
-
-
-def _refusal(path: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"The report cannot be written to {path} ({error.strerror}); give another file."
-    )
+# Minutes of a long run that are shown; its JSON has all.
+_SHOWN = 4
 
 
 def chunk_table(report: ChunkReport) -> Table:
-    """Time per chunk."""
+    """Time per chunk; on a GPU beside the least it could be."""
     height, width = report.frame_size
-    table = _time_table(
-        f"One session, {report.chunks} chunks of {width}×{height} after {report.warmup} to warm up",
-        (("chunk", report.chunk), ("TTFT", report.ttft), ("ITL", report.itl)),
+    rows = [("chunk", report.chunk), ("TTFT", report.ttft), ("ITL", report.itl)]
+    if report.gpu is not None:
+        rows += [
+            ("GPU: vision encoder", report.gpu.vision),
+            ("GPU: prefill", report.gpu.prefill),
+            ("GPU: decode step", report.gpu.decode_step),
+        ]
+    title = (
+        f"One session, {report.chunks} chunks of {width}×{height} after {report.warmup} to warm up"
     )
+    if report.floor is None:
+        table = _time_table(title, rows)
+    else:
+        table = _floor_table(title, rows, report.floor)
     table.add_row("frames per second", f"{report.fps:.1f}", "")
     table.add_row("real-time factor", f"{report.realtime_factor:.2f}×", "")
-    table.add_row("tokens per chunk", f"{report.tokens_per_chunk:.1f}", "")
+    table.add_row("tokens per reply", f"{report.tokens_per_chunk:.1f}", "")
+    table.add_row("tokens of a prompt", f"{report.prompt_tokens:.1f}", "")
     table.add_row("context, tokens", f"{report.context_tokens:,}", "")
     table.add_row("KV pages in use", f"{report.pages_used} of {report.pages_total}", "")
     table.add_row("resident memory", _mebibytes(report.resident), "")
@@ -94,33 +66,38 @@ def concurrency_table(report: ConcurrencyReport) -> Table:
 
 
 def endurance_table(report: EnduranceReport) -> Table:
-    """Every checkpoint, and what grew between the first and the last."""
+    """Minutes spread evenly over the run, side by side, and what grew from the first to the
+    last."""
+    height, width = report.frame_size
+    looks, growth = _spread(report.checkpoints), report.growth
     table = _titled(
-        "One session without an end (times: p50 of the last 100 chunks; CPU: of the process)"
+        f"Streams: {report.streams} of {width}×{height}, {looks[-1].chunk:,} chunks each in "
+        f"{report.seconds:.0f} s (times: of the last {looks[0].chunk} chunks)"
     )
-    for name in ("after", "resident", "KV pages", "context, tokens", "chunk", "CPU", "ITL"):
-        table.add_column(name, justify="right")
-    for checkpoint in report.checkpoints:
-        table.add_row(
-            f"{checkpoint.chunk:,}",
-            _mebibytes(checkpoint.resident),
-            str(checkpoint.pages_used),
-            f"{checkpoint.context_tokens:,}",
-            _milliseconds(checkpoint.chunk_seconds),
-            _milliseconds(checkpoint.cpu_seconds),
-            _milliseconds(checkpoint.itl),
-        )
+    table.add_column("after chunk")
+    for look in looks:
+        table.add_column(f"{look.chunk:,}", justify="right")
+    table.add_column(f"since {growth.since}", justify="right")
+
+    def add(name: str, values: list[float], ratio: float) -> None:
+        table.add_row(name, *map(_milliseconds, values), f"{ratio:.3f}×")
+
+    add("chunk, p50", [look.chunk_seconds for look in looks], growth.chunk_ratio)
+    add("ITL, p50", [look.itl for look in looks], growth.itl_ratio)
+    add("a step", [look.step_seconds for look in looks], growth.step_ratio)
+    add("per chunk", [look.seconds_each for look in looks], growth.seconds_ratio)
+    add("  processor", [look.cpu_seconds for look in looks], growth.cpu_ratio)
+    for name, ratio in growth.gpu_ratio.items():
+        add(f"  GPU, {name}", [look.gpu_seconds.get(name, 0.0) for look in looks], ratio)
     table.add_section()
-    for growth in dict.fromkeys((report.growth, report.full_growth)):
-        table.add_row(
-            f"since {growth.since:,}",
-            f"{growth.resident / 2**20:+.1f} MiB",
-            f"{growth.pages:+d}",
-            "",
-            f"{growth.chunk_ratio:.2f}×",
-            f"{growth.cpu_ratio:.2f}×",
-            f"{growth.itl_ratio:.2f}×",
-        )
+    for name, sizes, more in _memory_rows([look.memory for look in looks], growth.memory):
+        table.add_row(name, *(f"{size / 2**20:,.1f}" for size in sizes), f"{more / 2**20:+.1f}")
+    if growth.memory.gpu is not None:
+        counts = [look.memory.gpu.device_allocations for look in looks if look.memory.gpu]
+        more = growth.memory.gpu.device_allocations
+        table.add_row("GPU allocations", *(f"{count:,}" for count in counts), f"{more:+d}")
+    table.add_row("KV pages", *(f"{look.pages_used:,}" for look in looks), f"{growth.pages:+d}")
+    table.add_row("context, tokens", *(f"{look.context_tokens:,}" for look in looks), "")
     return table
 
 
@@ -151,10 +128,13 @@ def streams_table(report: StreamsReport) -> Table:
         f"Live streams of {width}×{height}, a chunk every {report.chunk_seconds:g} s, "
         f"{report.context_tokens:,} tokens of context: {report.live_streams} hold"
     )
-    kinds = sorted({name for result in report.results for name in result.gpu_shares})
-    for name in ("streams", "chunk p50", "p99", "TTFT p50", "ITL p50", "batch", "late", *kinds):
+    shares = [result.shares for result in report.results if result.shares is not None]
+    kinds = sorted({name for share in shares for name in share.steps})
+    parts = [*kinds, "vision alone", "host", "idle", "vision beside"] if shares else []
+    for name in ("streams", "chunk p50", "p99", "TTFT p50", "ITL p50", "batch", "late", *parts):
         table.add_column(name, justify="right")
     for result in report.results:
+        share = result.shares
         table.add_row(
             str(result.streams),
             _milliseconds(result.chunk.p50),
@@ -163,7 +143,12 @@ def streams_table(report: StreamsReport) -> Table:
             _milliseconds(result.itl.p50),
             f"{result.mean_batch:.1f}",
             str(result.refused),
-            *(f"{100 * result.gpu_shares.get(name, 0.0):.0f} %" for name in kinds),
+            *([] if share is None else (_percent(share.steps.get(name, 0.0)) for name in kinds)),
+            *(
+                []
+                if share is None
+                else map(_percent, (share.vision, share.host, share.idle, share.vision_beside))
+            ),
         )
     return table
 
@@ -175,6 +160,25 @@ def _time_table(title: str, rows: Sequence[tuple[str, Quantiles]]) -> Table:
     table.add_column("p99", justify="right")
     for name, quantiles in rows:
         table.add_row(name, _milliseconds(quantiles.p50), _milliseconds(quantiles.p99))
+    table.add_section()
+    return table
+
+
+def _floor_table(title: str, rows: Sequence[tuple[str, Quantiles]], floor: ChunkFloor) -> Table:
+    """Rows of `chunk_table`, each beside its floor."""
+    decode = floor.decode_step
+    floors = (floor.chunk, floor.ttft, decode, floor.vision, floor.prefill, decode)
+    table = _time_table(title, [])
+    table.add_column("floor", justify="right")
+    table.add_column("of the floor", justify="right")
+    for (name, quantiles), least in zip(rows, floors, strict=True):
+        table.add_row(
+            name,
+            _milliseconds(quantiles.p50),
+            _milliseconds(quantiles.p99),
+            _milliseconds(least),
+            f"{quantiles.p50 / least:.2f}×",
+        )
     table.add_section()
     return table
 
@@ -191,10 +195,22 @@ def _mebibytes(count: int) -> str:
     return f"{count / 2**20:,.1f} MiB"
 
 
-def _finite(value: Any) -> Any:
-    """NaN, which JSON does not have, becomes null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _memory_rows(held: list[Memory], growth: Memory) -> list[tuple[str, list[int], int]]:
+    """What, how many bytes of it, and how many more."""
+    rows = [("host, MiB", [memory.resident for memory in held], growth.resident)]
+    if growth.gpu is not None:
+        gpus = [memory.gpu for memory in held if memory.gpu is not None]
+        for name in ("used", "reserved", "allocated"):
+            sizes = [getattr(gpu, name) for gpu in gpus]
+            rows.append((f"GPU {name}, MiB", sizes, getattr(growth.gpu, name)))
+    return rows
+
+
+def _spread(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """A few of them, the first and the last among them."""
+    last = len(checkpoints) - 1
+    return [checkpoints[i] for i in sorted({round(last * n / (_SHOWN - 1)) for n in range(_SHOWN)})]

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from framesink.bench.floors import ChunkFloor
+from framesink.bench.precisions import Precision
+
 
 @dataclass(frozen=True, slots=True)
 class ProductTime:
@@ -19,9 +22,9 @@ class ProductTime:
 
 @dataclass(frozen=True, slots=True)
 class StepFloor:
-    """The least time of one step of the language model: `linear` seconds for its linear layers and
-    `attention` seconds for contexts of `RooflineReport.context` tokens. `measured` is what the
-    linear layers took together."""
+    """The least time of one step of the language model, or of the vision encoder: `linear` seconds
+    for its linear layers and `attention` seconds, for contexts of `RooflineReport.context` tokens.
+    `measured` is what the linear layers took together."""
 
     kind: str
     sequences: int
@@ -33,24 +36,27 @@ class StepFloor:
 
 @dataclass(frozen=True, slots=True)
 class RooflineReport:
-    """`bandwidth` bytes a second of a large copy, read and written; `peak` and `peak_16bit`
-    operations a second of a large product in `precision` and in bfloat16. Times are seconds."""
+    """`bandwidth` is bytes read a second, `operations` operations a second of a large product by
+    precision. Times are seconds. `chunk` is the least time of a chunk alone, `live_streams` how
+    many streams with a chunk a second fill a second."""
 
     workload: str
     precision: str
     context: int
     bandwidth: float
-    peak: float
-    peak_16bit: float
+    operations: dict[Precision, float]
     products: tuple[ProductTime, ...]
     steps: tuple[StepFloor, ...]
+    chunk: ChunkFloor
+    live_streams: int
 
 
 def roofline_table(report: RooflineReport) -> Table:
     """Every product and every step against its floor."""
+    rates = ", ".join(f"{rate / 1e12:,.0f} {name}" for name, rate in report.operations.items())
     title = (
         f"{report.workload}, {report.precision}: {report.bandwidth / 1e12:.2f} TB/s, "
-        f"{report.peak / 1e12:,.0f} T operations/s ({report.peak_16bit / 1e12:,.0f} in bf16)"
+        f"T operations/s: {rates}"
     )
     table = Table(title=title, title_justify="left", min_width=len(title) + 2)
     table.add_column("")
@@ -66,11 +72,17 @@ def roofline_table(report: RooflineReport) -> Table:
         )
     table.add_section()
     for step in report.steps:
+        after = f", {step.sequences} × {report.context:,} tokens of context"
         table.add_row(
-            f"{step.kind}, {step.sequences} × {report.context:,} tokens of context",
+            step.kind + (after if step.sequences else ""),
             f"{step.rows:,}",
             f"{step.measured * 1e3:.2f} ms linear",
             f"{step.linear * 1e3:.2f} + {step.attention * 1e3:.2f} ms",
             f"{step.measured / step.linear:.2f}×",
         )
+    table.add_section()
+    floor = report.chunk
+    for name, seconds in (("TTFT", floor.ttft), ("chunk", floor.chunk)):
+        table.add_row(name, "", "", f"{seconds * 1e3:.1f} ms", "")
+    table.add_row("streams that fill a second", "", "", str(report.live_streams), "")
     return table

@@ -7,15 +7,14 @@ over it. A stream is live while its reply is whole before its next chunk arrives
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import dataclass
 
-from framesink.bench.measure import Quantiles, resident_bytes
+from framesink.bench.live_stream import LiveStream, fill
+from framesink.bench.measure import Quantiles
+from framesink.bench.memory import Memory
+from framesink.bench.time_shares import TimeShares, time_shares
 from framesink.runtime.engine import StreamingEngine
-from framesink.runtime.errors import BacklogError, FramesinkError
-from framesink.runtime.events import Event, EventKind
 from framesink.runtime.policies import Policy
-from framesink.runtime.session import Session
 from framesink.runtime.video.chunk import Chunk
 
 # Seconds of every run that are not counted: the load has to settle.
@@ -25,9 +24,10 @@ SETTLING = 3.0
 @dataclass(frozen=True, slots=True)
 class StreamsResult:
     """`streams` at once for `seconds`, of which `counted` chunks are told. Times are seconds:
-    `chunk` from the arrival of a chunk to the end of its reply, `ttft` to its first token, `itl`
-    between tokens. `refused` chunks found the stream's queue full. `gpu_shares` is what part of the
-    time a GPU worked on what."""
+    `chunk` from the arrival of a chunk to the end of its reply, `ttft` from its being pushed to its
+    first token, `itl` between tokens. `refused` chunks found the stream's queue full, before or
+    while it was counted. `shares` says where the time went, on a GPU. `growth` is of memory, while
+    it was counted."""
 
     streams: int
     seconds: float
@@ -37,7 +37,8 @@ class StreamsResult:
     itl: Quantiles
     refused: int
     mean_batch: float
-    gpu_shares: dict[str, float]
+    shares: TimeShares | None
+    growth: Memory
 
     def is_live(self, chunk_seconds: float) -> bool:
         """Whether 99 of 100 replies were whole in time and none was refused."""
@@ -46,7 +47,8 @@ class StreamsResult:
 
 @dataclass(frozen=True, slots=True)
 class StreamsReport:
-    """`live_streams` is the most streams that were live; 0 if none were."""
+    """`live_streams` is the most streams that were live; 0 if none were. `memory` is that at the
+    end."""
 
     executor: str
     frame_size: tuple[int, int]
@@ -54,7 +56,7 @@ class StreamsReport:
     context_tokens: int
     live_streams: int
     results: tuple[StreamsResult, ...]
-    resident: int
+    memory: Memory
 
 
 def measure_streams(
@@ -64,104 +66,68 @@ def measure_streams(
     counts: Sequence[int],
     seconds: float,
     warmup: int,
+    find: bool = False,
     policy: Policy | None = None,
     max_new_tokens: int | None = None,
     previous_text: str = "",
 ) -> StreamsReport:
     """Hold each of `counts` streams for `seconds`, after `warmup` chunks of each to fill windows.
 
-    `source(i)` is the video of stream i; its first chunks are used again and again. `previous_text`
-    is what every stream begins with. Raises CapacityError if the engine has no room for the largest
-    count, FramesinkError if a session fails.
+    With `find`, numbers between the most that were live and the next that were not follow, until
+    there is none between them. `source(i)` is the video of stream i, `previous_text` what every
+    stream begins with. Raises CapacityError if the engine has no room for the largest count,
+    FramesinkError if a session fails.
     """
     with ExitStack() as stack:
         streams = [
-            _Stream(
+            LiveStream(
                 stack.enter_context(
                     engine.open_session(
                         policy, max_new_tokens=max_new_tokens, previous_text=previous_text
                     )
                 ),
-                list(islice(source(index), _FRAMES_KEPT)),
+                source(index),
             )
             for index in range(max(counts))
         ]
-        for _ in range(warmup):
-            for stream in streams:
-                stream.push(time.monotonic())
-            for stream in streams:
-                stream.wait()
+        fill(streams, warmup)
         length = streams[0].chunk_seconds
-        results = []
-        for count in counts:
-            results.append(_hold(engine, streams[:count], length, seconds))
+        results: dict[int, StreamsResult] = {}
+        waiting = sorted(counts)
+        while waiting:
+            count = waiting.pop(0)
+            results[count] = _hold(engine, streams[:count], length, seconds)
+            if find and not waiting:
+                live = [n for n, result in results.items() if result.is_live(length)]
+                waiting = _between(live, [n for n in results if n not in live])
         context = max(stream.session.stats().context_tokens for stream in streams)
-        resident = resident_bytes()
+        memory = Memory.now()
     return StreamsReport(
         executor=engine.executor_reason,
         frame_size=streams[0].frame_size,
         chunk_seconds=length,
         context_tokens=context,
-        live_streams=max((r.streams for r in results if r.is_live(length)), default=0),
-        results=tuple(results),
-        resident=resident,
+        live_streams=max(
+            (count for count, result in results.items() if result.is_live(length)), default=0
+        ),
+        results=tuple(results[count] for count in sorted(results)),
+        memory=memory,
     )
 
 
-# Making frames takes longer than running them: a few are shown in turn.
-_FRAMES_KEPT = 4
-
-
-class _Stream:
-    """One session, its frames, and the final events it has sent."""
-
-    def __init__(self, session: Session, chunks: Sequence[Chunk]) -> None:
-        self.session = session
-        self.refused = 0
-        self._chunks = chunks
-        self._pushed = 0
-        self._events = iter(session)
-
-    @property
-    def chunk_seconds(self) -> float:
-        return self._chunks[0].t1 - self._chunks[0].t0
-
-    @property
-    def frame_size(self) -> tuple[int, int]:
-        return (self._chunks[0].frames.shape[1], self._chunks[0].frames.shape[2])
-
-    def push(self, arrived: float) -> bool:
-        """Push the next chunk, which arrived at `arrived`; False if the queue was full."""
-        chunk = self._chunks[self._pushed % len(self._chunks)]
-        t0 = self._pushed * self.chunk_seconds
-        moved = replace(
-            chunk,
-            t0=t0,
-            t1=t0 + self.chunk_seconds,
-            timestamps=tuple(t0 + seconds - chunk.t0 for seconds in chunk.timestamps),
-            captured_at=arrived,
-        )
-        try:
-            self.session.push_chunk(moved, block=False)
-        except BacklogError:
-            self.refused += 1
-            return False
-        self._pushed += 1
-        return True
-
-    def wait(self) -> Event:
-        """The final event of the next reply."""
-        for event in self._events:
-            if event.kind is EventKind.ERROR:
-                raise FramesinkError(event.text)
-            if event.final:
-                return event
-        raise FramesinkError("A stream ended before it replied; run the bench again.")
+def _between(live: Sequence[int], late: Sequence[int]) -> list[int]:
+    """The next number to try: halfway between the most that were live and the fewest above that
+    were not; none if there is nothing between, or nothing above."""
+    most = max(live, default=0)
+    above = [count for count in late if count > most]
+    if not above or min(above) - most < 2:
+        return []
+    return [(most + min(above)) // 2]
 
 
 def _hold(
     engine: StreamingEngine,
-    streams: Sequence[_Stream],
+    streams: Sequence[LiveStream],
     length: float,
     seconds: float,
 ) -> StreamsResult:
@@ -175,20 +141,21 @@ def _hold(
     ]
     counted_from = start + SETTLING
     refused = sum(stream.refused for stream in streams)
-    pushed: list[tuple[float, _Stream]] = []
-    before = engine.stats()
+    pushed: list[tuple[float, LiveStream]] = []
+    before, memory = engine.stats(), Memory.now()
     settled = False
     for arrival, stream in arrivals:
         time.sleep(max(0.0, arrival - time.monotonic()))
         if arrival >= counted_from and not settled:
             settled = True
-            before = engine.stats()
+            before, memory = engine.stats(), Memory.now()
+            counted_from = time.monotonic()
         if stream.push(arrival):
             pushed.append((arrival, stream))
-    after = engine.stats()
-    lasted = time.monotonic() - counted_from
+    after, counted_to = engine.stats(), time.monotonic()
+    growth = Memory.now().growth_since(memory)
     events = [(arrival, stream.wait()) for arrival, stream in pushed]
-    counted = [event for arrival, event in events if arrival >= counted_from]
+    counted = [event for arrival, event in events if arrival >= start + SETTLING]
     timings = [event.timing for event in counted if event.timing is not None]
     steps = after.steps - before.steps
     sequences = after.mean_batch * after.steps - before.mean_batch * before.steps
@@ -201,8 +168,11 @@ def _hold(
         itl=Quantiles.of([gap for timing in timings for gap in timing.itl]),
         refused=sum(stream.refused for stream in streams) - refused,
         mean_batch=sequences / steps if steps else 0.0,
-        gpu_shares={
-            name: (total - before.gpu_seconds.get(name, 0.0)) / lasted
-            for name, total in after.gpu_seconds.items()
-        },
+        shares=time_shares(
+            before.gpu_seconds,
+            after.gpu_seconds,
+            [(arrival, arrival + event.lag) for arrival, event in events],
+            (counted_from, counted_to),
+        ),
+        growth=growth,
     )
