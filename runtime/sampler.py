@@ -4,13 +4,14 @@ The order and meaning of the steps are those of `transformers`' logits processor
 penalty (arXiv 1909.05858), temperature, top-k, top-p (arXiv 1904.09751).
 """
 
+from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from framesink.runtime.arrays import BoolArray, Float32Array
+from framesink.runtime.arrays import BoolArray, Float32Array, Int32Array
 from framesink.runtime.errors import OptionError
 
 IntpArray = NDArray[np.intp]
@@ -46,6 +47,50 @@ class SamplingParams:
             )
 
 
+class SeenTokens:
+    """The different tokens of a retained context and of the reply to it, in the order they came.
+
+    `mask` bool `[vocab]` says which they are.
+    """
+
+    def __init__(self, vocabulary: int) -> None:
+        self.mask: BoolArray = np.zeros(vocabulary, dtype=np.bool_)
+        self._tokens: Int32Array = np.zeros(0, np.int32)
+
+    def __len__(self) -> int:
+        return self._tokens.size
+
+    def add(self, tokens: Collection[int] | Int32Array) -> None:
+        """More tokens."""
+        given = np.unique(np.asarray(tokens, np.int32))
+        new = given[~self.mask[given]]
+        self.mask[new] = True
+        self._tokens = np.concatenate([self._tokens, new])
+
+    def after(self, count: int) -> Int32Array:
+        """Those that came after the first `count`, int32."""
+        return self._tokens[count:]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenChoice:
+    """How a session chooses one token, for an executor that does it where its logits are.
+
+    `params` and `suppressed` are those of its `Sampler`. `fraction`, in [0, 1), is the random
+    number that a temperature above 0 needs, `seen` the tokens that a repetition penalty is for.
+    """
+
+    params: SamplingParams
+    suppressed: frozenset[int]
+    fraction: float = 0.0
+    seen: SeenTokens | None = None
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether it is the likeliest token that is not suppressed."""
+        return self.params.temperature == 0.0 and self.seen is None
+
+
 class Sampler:
     """Chooses the tokens of one session."""
 
@@ -55,16 +100,32 @@ class Sampler:
         self.suppressed = frozenset(suppressed)
         self._suppressed = np.asarray(sorted(suppressed), dtype=np.int64)
         self._random = np.random.default_rng(params.seed)
+        # Numbers that are drawn and belong to tokens still to be chosen.
+        self._fractions: deque[float] = deque()
 
     @property
     def needs_seen(self) -> bool:
         """Whether `sample` reads which tokens the context holds."""
         return self.params.repetition_penalty != 1.0
 
-    @property
-    def takes_likeliest(self) -> bool:
-        """Whether `sample` always takes the likeliest token that is not suppressed."""
-        return self.params.temperature == 0.0 and not self.needs_seen
+    def choice(self, seen: SeenTokens | None = None, *, ahead: int = 0) -> TokenChoice:
+        """How the next token is chosen, or, for `ahead` 1, the one after it.
+
+        `seen` are the tokens of the retained context, needed for a repetition penalty. A number
+        that was drawn for a choice stays the token's, however often it is asked for, until
+        `accept`.
+        """
+        return TokenChoice(
+            self.params,
+            self.suppressed,
+            self._fraction(ahead) if self.params.temperature > 0.0 else 0.0,
+            seen if self.needs_seen else None,
+        )
+
+    def accept(self) -> None:
+        """The next token is chosen, as `choice` said. `sample` calls it itself."""
+        if self._fractions:
+            self._fractions.popleft()
 
     def sample(self, logits: Float32Array, seen: BoolArray | None = None) -> int:
         """The next token of logits float32 `[vocab]`.
@@ -72,6 +133,13 @@ class Sampler:
         `seen` bool `[vocab]`: tokens of the retained context, needed for a repetition penalty.
         Raises ValueError for logits of which the largest is not a number.
         """
+        drawing = self.params.temperature > 0.0
+        token = self.token_at(self._fraction(0) if drawing else 0.0, logits, seen)
+        self.accept()
+        return token
+
+    def token_at(self, fraction: float, logits: Float32Array, seen: BoolArray | None = None) -> int:
+        """What `sample` takes for a random number `fraction`, in [0, 1)."""
         scores = self._scaled(logits, seen)
         if not np.isfinite(scores.max()):
             raise ValueError("the model's logits are not finite")
@@ -79,7 +147,7 @@ class Sampler:
             return int(scores.argmax())
         kept = self._kept(scores)
         candidates = scores if kept is None else scores[kept]
-        index = _draw(np.exp(candidates - candidates.max()), self._random.random())
+        index = _draw(np.exp(candidates - candidates.max()), fraction)
         return index if kept is None else int(kept[index])
 
     def scores(self, logits: Float32Array, seen: BoolArray | None = None) -> Float32Array:
@@ -91,6 +159,12 @@ class Sampler:
         result = np.full_like(scores, -np.inf)
         result[kept] = scores[kept]
         return result
+
+    def _fraction(self, ahead: int) -> float:
+        """The random number of the next token, or of one `ahead` of it."""
+        while len(self._fractions) <= ahead:
+            self._fractions.append(self._random.random())
+        return self._fractions[ahead]
 
     def _scaled(self, logits: Float32Array, seen: BoolArray | None) -> Float32Array:
         """Logits after penalty, suppression and temperature."""

@@ -7,9 +7,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from framesink.runtime.arrays import BoolArray, Float32Array
+from framesink.runtime.arrays import Float32Array
 from framesink.runtime.event_stream import EventStream
 from framesink.runtime.events import EventKind
 from framesink.runtime.executors.base import SequenceInput
@@ -22,7 +20,7 @@ from framesink.runtime.policies import Policy, TurnProfile
 from framesink.runtime.prefix import Prefix
 from framesink.runtime.protocol import ChatProtocol
 from framesink.runtime.reply_writer import ReplyWriter
-from framesink.runtime.sampler import Sampler
+from framesink.runtime.sampler import Sampler, SeenTokens
 from framesink.runtime.session_input import PreparedChunk, SessionInput
 from framesink.runtime.stats import SessionStats
 from framesink.runtime.turn import Turn
@@ -89,7 +87,8 @@ class Sequence:
         self._dropped = 0
         self._wanted = False
         self._decoding = False
-        self._seen: BoolArray | None = None
+        self._vocabulary = model.text.vocab_size
+        self._seen: SeenTokens | None = None
         self._builder = TurnBuilder(
             model,
             protocol,
@@ -160,11 +159,7 @@ class Sequence:
     def _may_go_ahead(self) -> bool:
         """Whether the token after the one that is being chosen can be begun with."""
         sampled = len(self._current.sampled) + 1
-        return (
-            self._sampler.takes_likeliest
-            and self._reply_writer.may_guess
-            and sampled < self._most_reply_tokens
-        )
+        return self._reply_writer.may_guess and sampled < self._most_reply_tokens
 
     # A turn.
 
@@ -222,7 +217,8 @@ class Sequence:
     def next_input(self, count: int) -> SequenceInput:
         """The next `count` tokens to write. Raises CapacityError if there are no pages for them."""
         turn = self._turn
-        if self._awaits_token:
+        ahead = int(self._awaits_token)
+        if ahead:
             self._reply_writer.guess()
         last = count == self.cache.unwritten
         rows = self.cache.prepare(count)
@@ -237,7 +233,7 @@ class Sequence:
             context=rows.context,
             needs_logits=wanted,
             bases=rows.bases,
-            suppressed=self._sampler.suppressed if self._sampler.takes_likeliest else None,
+            choice=self._sampler.choice(self._seen_tokens(), ahead=ahead) if wanted else None,
         )
 
     def launched(self) -> None:
@@ -259,9 +255,11 @@ class Sequence:
         turn = self._current
         if isinstance(answer, int):
             token = answer
+            self._sampler.accept()
         else:
             self._take_guess_back()
-            token = self._sample(answer)
+            seen = self._seen_tokens()
+            token = self._sampler.sample(answer, seen.mask if seen else None)
         now = time.monotonic()
         turn.sampled.append(token)
         turn.token_times.append(now)
@@ -270,7 +268,7 @@ class Sequence:
             self._finish_reply(unfed=0)
             return
         if self._seen is not None:
-            self._seen[token] = True
+            self._seen.add([token])
         if not self._reply_writer.push(token):
             self._pass_over_next_answer()
         if len(turn.sampled) == self._most_reply_tokens:
@@ -343,15 +341,12 @@ class Sequence:
             self.cache.adopt(self.prefix.cache.spans[-1:])
             self._restoring = False
 
-    def _sample(self, logits: Float32Array) -> int:
-        return self._sampler.sample(logits, self._seen_tokens(logits.size))
-
-    def _seen_tokens(self, vocabulary: int) -> BoolArray | None:
+    def _seen_tokens(self) -> SeenTokens | None:
         """Which tokens the context holds, if the sampler asks for it."""
         if self._seen is None and self._sampler.needs_seen:
-            self._seen = np.zeros(vocabulary, dtype=np.bool_)
+            self._seen = SeenTokens(self._vocabulary)
             for span in self.cache.spans:
-                self._seen[span.tokens] = True
+                self._seen.add(span.tokens)
         return self._seen
 
     def _finish_reply(self, *, unfed: int) -> None:

@@ -49,17 +49,17 @@ def test_patches_are_those_of_the_host(count: int) -> None:
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
 
 
-def test_tokens_are_those_of_the_sampler() -> None:
+def test_the_likeliest_tokens_are_those_of_the_sampler() -> None:
     random = np.random.default_rng(3)
     logits = random.standard_normal((64, 40)).astype(np.float32)
     suppressed = frozenset({0, 7, int(logits[0].argmax())})
     chooser = TokenChooser(40, 80, plain_kernels, CPU)
-    assert chooser.serves(suppressed)
-    assert chooser.serves(frozenset(suppressed))
-    assert not chooser.serves(suppressed | {1})
-    assert not chooser.serves(None)
     sampler = Sampler(SamplingParams(), suppressed)
-    assert sampler.takes_likeliest
+    assert chooser.serves(sampler.choice())
+    assert chooser.serves(Sampler(SamplingParams(temperature=2.0), suppressed).choice())
+    assert not chooser.serves(Sampler(SamplingParams(), suppressed | {1}).choice())
+    assert not chooser.serves(None)
+    assert sampler.choice().takes_likeliest
     expected = [sampler.sample(row) for row in logits]
     rows = torch.arange(79, 15, -1, dtype=torch.int32)
     assert chooser.choose(torch.from_numpy(logits), rows).tolist() == expected

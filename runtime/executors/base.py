@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 
 from framesink.runtime.arrays import BoolArray, Float32Array, Int32Array, UInt8Array
 from framesink.runtime.preprocess import Grid
+from framesink.runtime.sampler import TokenChoice
 
 # In the place of a token id: see SequenceInput.
 NEXT_TOKEN = -1
@@ -49,8 +50,8 @@ class SequenceInput:
     `positions` int32 `[3, s]`. `slots` int32 `[s]`: where each new K/V row goes, as
     `page * page_size + row`. `context` does not include the new tokens.
     `needs_logits` is False for a prefill part that is not the last of its prompt. `bases` int32
-    `[s]`: base of each new token's span (see ContextView). `suppressed` is given where the
-    likeliest token but these is wanted (see ChoosingExecutor).
+    `[s]`: base of each new token's span (see ContextView). `choice` says how the next token is
+    chosen, for an executor that can do it (see ChoosingExecutor).
     """
 
     token_ids: Int32Array
@@ -60,7 +61,7 @@ class SequenceInput:
     context: ContextView
     needs_logits: bool
     bases: Int32Array | None = None
-    suppressed: frozenset[int] | None = None
+    choice: TokenChoice | None = None
 
 
 class VisionEncoder(Protocol):
@@ -104,8 +105,9 @@ class ChoosingExecutor(Executor, Protocol):
     """One that can choose tokens where its logits are, so that these need not travel."""
 
     def step_and_choose(self, batch: Sequence[SequenceInput]) -> list[Float32Array | int | None]:
-        """As `step`, but with the likeliest token that is not suppressed in place of logits, for a
-        sequence whose `suppressed` is given. It may answer with logits all the same."""
+        """As `step`, but with the token that `choice` describes in place of logits, for a sequence
+        that has one. It is the token `Sampler.sample` takes from those logits, but for sums that
+        are rounded otherwise. It may answer with logits all the same."""
         ...
 
 

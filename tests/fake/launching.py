@@ -10,6 +10,7 @@ from fake.executor import FakeExecutor
 from framesink.runtime.arrays import Float32Array
 from framesink.runtime.executors.base import NEXT_TOKEN, SequenceInput
 from framesink.runtime.protocol import ChatProtocol
+from framesink.runtime.sampler import Sampler, TokenChoice
 
 Answers = list[Float32Array | int | None]
 MOST_UNDER_WAY = 2
@@ -48,11 +49,10 @@ class LaunchingFakeExecutor(FakeExecutor):
         for given, logits in zip(known, self.step(known), strict=True):
             number = _context_number(given)
             chosen.pop(number, None)
-            if logits is None or given.suppressed is None:
+            if logits is None or given.choice is None:
                 answers.append(logits)
                 continue
-            logits[sorted(given.suppressed)] = -np.inf
-            chosen[number] = int(logits.argmax())
+            chosen[number] = _chosen(given.choice, logits, fed=int(given.token_ids[-1]))
             answers.append(chosen[number])
         launched = Launched({_context_number(given) for given in batch}, answers)
         self._under_way.append(launched)
@@ -79,6 +79,15 @@ class LaunchingFakeExecutor(FakeExecutor):
         assert number in latest.contexts, "the token before is known to whoever asks for it"
         self.guesses += 1
         return replace(given, token_ids=np.array([self._chosen[number]], np.int32))
+
+
+def _chosen(choice: TokenChoice, logits: Float32Array, fed: int) -> int:
+    """What the session's own sampler would choose; who asks may not know yet what was fed."""
+    seen = None
+    if choice.seen is not None:
+        seen = choice.seen.mask.copy()
+        seen[fed] = True
+    return Sampler(choice.params, choice.suppressed).token_at(choice.fraction, logits, seen)
 
 
 def _context_number(given: SequenceInput) -> int:

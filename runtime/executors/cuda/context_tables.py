@@ -77,6 +77,10 @@ class ContextTables:
         """Whether the sequence whose context `view` is has a row."""
         return view.edition is not None and view.edition[0] in self._tracked
 
+    def row_of(self, view: ContextView) -> int:
+        """The row of a sequence of the step."""
+        return self._tracked[_number(view)].row
+
     def track(self, view: ContextView) -> TrackedContext:
         """The sequence whose context `view` is, its tiles brought up to date on the host."""
         tracked = self._tracked[_number(view)]

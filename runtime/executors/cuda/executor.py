@@ -25,7 +25,7 @@ from framesink.runtime.executors.cuda.patches import Patchifier
 from framesink.runtime.executors.cuda.prefill import PrefillRunner
 from framesink.runtime.executors.cuda.side_stream import SideStream
 from framesink.runtime.executors.cuda.staging import Staging
-from framesink.runtime.executors.cuda.token_choice import TokenChooser
+from framesink.runtime.executors.cuda.token_choice import PreparedChoices, TokenChooser
 from framesink.runtime.executors.cuda.vision_encoder import VisionEncoder
 from framesink.runtime.executors.cuda.weight_source import BundleWeights, WeightSource
 from framesink.runtime.executors.cuda.weights import (
@@ -199,7 +199,7 @@ class CudaExecutor:
     def launch(self, batch: Sequence[SequenceInput]) -> PendingAnswers:
         """Launch one in-flight batch: see `LaunchingExecutor.launch`."""
         chooser = self._chooser
-        host = [place for place, given in enumerate(batch) if not chooser.serves(given.suppressed)]
+        host = [place for place, given in enumerate(batch) if not chooser.serves(given.choice)]
         return self._launch(
             batch, with_logits=[place for place in host if batch[place].needs_logits]
         )
@@ -253,17 +253,30 @@ class CudaExecutor:
         decodes = [batch[place] for place in decoding]
         pending = self._decode.fill(decodes)
         prepared = self._prefill.prepare(decodes, [batch[place] for place in parts])
+        places = decoding + [place for place in parts if batch[place].needs_logits]
+        choices = self._prepare_choices(batch, places)
         self._staging.send()
         for tiles in pending:
             self._tables.store(tiles)
+        if choices is not None:
+            self._chooser.mark(choices)
         if prepared is None:
             with self._measure("decode"):
-                return decoding, self._decode.run(len(decoding))
-        self._beside.join()
-        with self._measure("prefill"):
-            result = self._prefill.run(prepared)
-        wanted = [place for place in parts if batch[place].needs_logits]
-        return decoding + wanted, result
+                result = self._decode.run(len(decoding))
+        else:
+            self._beside.join()
+            with self._measure("prefill"):
+                result = self._prefill.run(prepared)
+        if choices is not None:
+            self._chooser.replace(choices, result.logits, result.tokens)
+        return places, result
+
+    def _prepare_choices(
+        self, batch: Sequence[SequenceInput], places: Sequence[int]
+    ) -> PreparedChoices | None:
+        members = [batch[place] for place in places]
+        rows = [self._tables.row_of(given.context) for given in members]
+        return self._chooser.prepare(members, rows, self._staging)
 
     def _measure(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self._clock is None else self._clock.measure(name)
