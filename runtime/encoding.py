@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Row
 from dataclasses import dataclass
 
 from framesink.runtime.arrays import Float32Array
 from framesink.runtime.errors import error_sentence
 from framesink.runtime.executors.base import Executor, FrameEncoder
 from framesink.runtime.observer import EngineObserver
+from framesink.runtime.preprocess import Grid
 from framesink.runtime.scheduler import Encoding, Scheduler
 from framesink.runtime.sequence import Sequence
 from framesink.runtime.session_input import PreparedChunk
@@ -50,22 +52,54 @@ class ChunkEncoder:
             Encoding(number, sequence.deadline, chunk.grid.patches)
             for number, (sequence, chunk) in waiting.items()
         )
-        for number in chosen:
-            sequence, chunk = waiting[number]
+        for group in _groups([waiting[number] for number in chosen]):
             started = time.monotonic()
-            try:
-                sequence.encoded(self._encode(chunk))
-            except Exception as error:  # whatever it is, it ends this session alone
-                self._fail(
-                    sequence, error_sentence(f"{self._executor.name} could not encode", error)
-                )
-            seconds = time.monotonic() - started
-            self.figures.chunks += 1
-            self.figures.seconds += seconds
-            self._observer.encoded(chunk.grid.patches, seconds)
+            self._encode(group)
+            seconds = (time.monotonic() - started) / len(group)
+            for _, chunk in group:
+                self.figures.chunks += 1
+                self.figures.seconds += seconds
+                self._observer.encoded(chunk.grid.patches, seconds)
         return bool(chosen)
 
-    def _encode(self, chunk: PreparedChunk) -> Float32Array:
-        if self._frame_encoder is not None and chunk.pixels is not None:
-            return self._frame_encoder.encode_frames(chunk.pixels, chunk.grid)
-        return self._executor.encode_vision(chunk.content, chunk.grid)
+    def _encode(self, group: Row[tuple[Sequence, PreparedChunk]]) -> None:
+        """Encode chunks of one shape. If that fails, every one is tried by itself."""
+        try:
+            found = self._embeddings([chunk for _, chunk in group])
+        except Exception as error:  # whatever it is, it ends one session alone
+            if len(group) > 1:
+                for member in group:
+                    self._encode([member])
+                return
+            self._fail(
+                group[0][0], error_sentence(f"{self._executor.name} could not encode", error)
+            )
+            return
+        for (sequence, _), embeddings in zip(group, found, strict=True):
+            sequence.encoded(embeddings)
+
+    def _embeddings(self, chunks: Row[PreparedChunk]) -> list[Float32Array]:
+        held = [chunk.pixels for chunk in chunks if chunk.pixels is not None]
+        if self._frame_encoder is not None and held:
+            return self._frame_encoder.encode_frames(held, chunks[0].grid)
+        return [self._executor.encode_vision(chunk.content, chunk.grid) for chunk in chunks]
+
+
+def _groups(
+    members: Iterable[tuple[Sequence, PreparedChunk]],
+) -> list[list[tuple[Sequence, PreparedChunk]]]:
+    """Chunks of frames of one shape together, which an executor may encode in one call; all others
+    by themselves."""
+    groups: list[list[tuple[Sequence, PreparedChunk]]] = []
+    by_shape: dict[tuple[Grid, tuple[int, ...]], list[tuple[Sequence, PreparedChunk]]] = {}
+    for member in members:
+        chunk = member[1]
+        if chunk.pixels is None:
+            groups.append([member])
+            continue
+        shape = (chunk.grid, tuple(chunk.pixels.shape))
+        if shape not in by_shape:
+            by_shape[shape] = []
+            groups.append(by_shape[shape])
+        by_shape[shape].append(member)
+    return groups

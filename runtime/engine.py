@@ -211,6 +211,7 @@ class StreamingEngine:
             chunk_seconds=plan.profile.chunk_seconds,
             max_patches=plan.max_patches,
             takes_frames=self._worker.takes_frames,
+            hold_frames=self._worker.hold_frames,
             takes_embeddings=self._worker.takes_embeddings,
             ladder=ladder,
         )

@@ -1,5 +1,8 @@
 """Work over pages: K/V rows stay where they were written, and steps are shared by all sessions."""
 
+from collections.abc import Callable
+
+from framesink.runtime.arrays import UInt8Array
 from framesink.runtime.errors import CapacityError
 from framesink.runtime.event_stream import EventStream
 from framesink.runtime.executors.base import Executor, FrameEncoder, TimedExecutor
@@ -34,6 +37,7 @@ class PagedWorker:
     ) -> None:
         self.page_size = executor.page_size
         self.takes_frames = isinstance(executor, FrameEncoder)
+        self._frame_encoder = executor if isinstance(executor, FrameEncoder) else None
         self._timed = executor if isinstance(executor, TimedExecutor) else None
         self._model = model
         self._protocol = protocol
@@ -47,6 +51,11 @@ class PagedWorker:
             patch_budget=limits.max_patches,
         )
         self._loop = StepLoop(executor, self._prefixes, scheduler, observer)
+
+    @property
+    def hold_frames(self) -> Callable[[UInt8Array], UInt8Array] | None:
+        """See Worker."""
+        return None if self._frame_encoder is None else self._frame_encoder.hold_frames
 
     @property
     def sessions(self) -> int:

@@ -89,19 +89,21 @@ def resize_frames(
 ) -> UInt8Array:
     """Frames uint8 `[H, W, 3]`, all of one size, to uint8 `[T, H', W', 3]` of the model's size."""
     height, width = frames[0].shape[:2]
-    new_height, new_width = smart_resize(
-        height,
-        width,
-        factor=config.patch_size * config.merge_size,
-        min_pixels=config.min_pixels,
-        max_pixels=config.max_pixels,
-    )
+    new_height, new_width = _model_size(height, width, config)
     if (new_height, new_width) == (height, width):
         return np.ascontiguousarray(frames)
     shrinking = new_height * new_width < height * width
     interpolation = cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC
     size = (new_width, new_height)
     return np.stack([cv2.resize(frame, size, interpolation=interpolation) for frame in frames])
+
+
+def resized_grid(frames: Sequence[UInt8Array] | UInt8Array, config: PreprocessConfig) -> Grid:
+    """The grid that frames uint8 `[T, H, W, 3]` of any size have after `resize_frames`. Raises what
+    `smart_resize` raises."""
+    height, width = _model_size(frames[0].shape[0], frames[0].shape[1], config)
+    steps = -(-len(frames) // config.temporal_patch_size)
+    return Grid(steps, height // config.patch_size, width // config.patch_size)
 
 
 def frame_grid(frames: UInt8Array, config: PreprocessConfig) -> Grid:
@@ -122,7 +124,7 @@ def patchify(frames: UInt8Array, config: PreprocessConfig) -> tuple[Float32Array
     count = len(frames)
     grid = frame_grid(frames, config)
     down, across = grid.h // merge, grid.w // merge
-    table = _normalised_levels(config)
+    table = normalised_levels(config)
     patches = np.empty(
         (grid.t, down, across, merge, merge, 3, temporal, patch, patch), dtype=np.float32
     )
@@ -137,12 +139,23 @@ def patchify(frames: UInt8Array, config: PreprocessConfig) -> tuple[Float32Array
 
 
 @lru_cache(maxsize=8)
-def _normalised_levels(config: PreprocessConfig) -> Float32Array:
+def normalised_levels(config: PreprocessConfig) -> Float32Array:
     """What each of the 256 levels of each channel becomes: float32 `[3, 256]`."""
     levels = np.arange(256) / 255.0
     mean, std = np.asarray(config.mean)[:, None], np.asarray(config.std)[:, None]
     table: Float32Array = ((levels - mean) / std).astype(np.float32)
     return table
+
+
+def _model_size(height: int, width: int, config: PreprocessConfig) -> tuple[int, int]:
+    """What frames of `height` × `width` pixels are resized to."""
+    return smart_resize(
+        height,
+        width,
+        factor=config.patch_size * config.merge_size,
+        min_pixels=config.min_pixels,
+        max_pixels=config.max_pixels,
+    )
 
 
 def frames_to_patches(

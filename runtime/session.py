@@ -17,9 +17,9 @@ from framesink.runtime.load.ladder_control import LadderControl, Treatment
 from framesink.runtime.preprocess import (
     Grid,
     PreprocessConfig,
-    frame_grid,
     patchify,
     resize_frames,
+    resized_grid,
 )
 from framesink.runtime.protocol import ChatProtocol
 from framesink.runtime.session_input import PreparedChunk, Question, SessionInput
@@ -70,12 +70,14 @@ class Session:
         chunk_seconds: float,
         max_patches: int,
         takes_frames: bool = False,
+        hold_frames: Callable[[UInt8Array], UInt8Array] | None = None,
         takes_embeddings: bool = True,
         ladder: LadderControl | None = None,
     ) -> None:
         """Made by `StreamingEngine.open_session`. `takes_frames` says that the engine wants frames
         of the model's size in place of patches, `takes_embeddings` that it can do with a vision
-        encoder's answer. `ladder` says what is left out of chunks when replies are late."""
+        encoder's answer. `hold_frames`, if given, keeps frames of any size for it. `ladder` says
+        what is left out of chunks when replies are late."""
         self.number = number
         self._driver = driver
         self._source = source
@@ -87,6 +89,7 @@ class Session:
         self._chunk_seconds = chunk_seconds
         self._max_patches = max_patches
         self._takes_frames = takes_frames
+        self._hold_frames = hold_frames
         self._takes_embeddings = takes_embeddings
         self._ladder = ladder
         self._next_t0 = 0.0
@@ -149,21 +152,28 @@ class Session:
             preprocess = treatment.preprocess
             if len(treatment.frames) < len(stacked):
                 stacked = stacked[list(treatment.frames)]
-        frames = resize_frames(stacked, preprocess)
-        grid = frame_grid(frames, preprocess)
-        self._require_patches(grid, len(frames))
+        grid = resized_grid(stacked, preprocess)
+        self._require_patches(grid, len(stacked))
+        content, pixels = NO_CONTENT, None
+        if self._hold_frames is not None:
+            pixels = self._hold_frames(stacked)
+        else:
+            frames = resize_frames(stacked, preprocess)
+            if self._takes_frames:
+                pixels = frames.copy()  # the caller may use the array again
+            else:
+                content, _ = patchify(frames, preprocess)
         prepared = PreparedChunk(
-            content=NO_CONTENT if self._takes_frames else patchify(frames, self._preprocess)[0],
+            content=content,
             encoded=False,
             grid=grid,
             t0=chunk.t0,
             t1=chunk.t1,
-            frames=len(frames),
+            frames=len(stacked),
             captured_at=chunk.captured_at,
             handed_at=handed_at,
             dropped=chunk.dropped,
-            # A copy: the caller may use the array again.
-            pixels=frames.copy() if self._takes_frames else None,
+            pixels=pixels,
         )
         self._put(prepared, treatment, question, block, timeout)
 

@@ -17,7 +17,8 @@ class PreparedChunk:
 
     `content` float32 are the patches `[n, patch_dim]` of `grid` or, if `encoded`, the embeddings
     `[n / merge², hidden]` made of them; an executor that takes frames gets `pixels` uint8
-    `[T, H, W, 3]` of the model's size instead, and `content` is empty. They cover video time
+    `[T, H, W, 3]` instead, of the model's size unless it resizes them itself, and `content` is
+    empty. They cover video time
     `[t0, t1)` seconds in `frames` frames. `captured_at` and `handed_at` are `time.monotonic()` when
     its last frame arrived and when it was pushed. `dropped` frames are missing from it. The reply
     to it has at most `reply_tokens` tokens, by default as many as the session's may have. `notice`

@@ -1,7 +1,9 @@
 """What does an engine's work: the border between sessions and how their replies are computed."""
 
+from collections.abc import Callable
 from typing import Protocol
 
+from framesink.runtime.arrays import UInt8Array
 from framesink.runtime.event_stream import EventStream
 from framesink.runtime.sampler import SamplingParams
 from framesink.runtime.session_input import SessionInput
@@ -35,6 +37,12 @@ class Worker(Protocol):
     page_size: int
     takes_frames: bool
     takes_embeddings: bool
+
+    @property
+    def hold_frames(self) -> Callable[[UInt8Array], UInt8Array] | None:
+        """What keeps frames of any size until they are encoded, if they may be of any (see
+        `FrameEncoder`)."""
+        ...
 
     @property
     def sessions(self) -> int:

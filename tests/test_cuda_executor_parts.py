@@ -24,7 +24,6 @@ from framesink.runtime.errors import CapacityError  # noqa: E402
 from framesink.runtime.executors.base import ContextView, SequenceInput  # noqa: E402
 from framesink.runtime.executors.cuda.context_tables import ContextTables  # noqa: E402
 from framesink.runtime.executors.cuda.kernels.step_tokens import NOT_FINITE  # noqa: E402
-from framesink.runtime.executors.cuda.patches import Patchifier  # noqa: E402
 from framesink.runtime.executors.cuda.staging import Staging  # noqa: E402
 from framesink.runtime.executors.cuda.token_choice import TokenChooser  # noqa: E402
 from framesink.runtime.executors.cuda.weights import (  # noqa: E402
@@ -34,19 +33,9 @@ from framesink.runtime.executors.cuda.weights import (  # noqa: E402
 )
 from framesink.runtime.models.config import ModelConfig  # noqa: E402
 from framesink.runtime.models.quantization import LinearScheme, Quantization  # noqa: E402
-from framesink.runtime.preprocess import PreprocessConfig, patchify  # noqa: E402
 from framesink.runtime.sampler import Sampler, SamplingParams  # noqa: E402
 
 CPU = torch.device("cpu")
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 6])
-def test_patches_are_those_of_the_host(count: int) -> None:
-    config = PreprocessConfig()
-    frames = np.random.default_rng(count).integers(0, 256, (count, 56, 84, 3), dtype=np.uint8)
-    expected, grid = patchify(frames, config)
-    found = Patchifier(config, torch.float32, CPU).patches(torch.from_numpy(frames), grid)
-    np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
 
 
 def test_the_likeliest_tokens_are_those_of_the_sampler() -> None:

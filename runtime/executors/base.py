@@ -134,9 +134,15 @@ class LaunchingExecutor(ChoosingExecutor, Protocol):
 class FrameEncoder(Protocol):
     """An executor that makes patches itself, where they are needed."""
 
-    def encode_frames(self, frames: UInt8Array, grid: Grid) -> Float32Array:
-        """Frames uint8 `[T, H, W, 3]` of the model's size, of which `grid` is the patch grid, to
-        embeddings as `VisionEncoder.encode_vision` gives them."""
+    def hold_frames(self, frames: UInt8Array) -> UInt8Array:
+        """A copy of one chunk's frames uint8 `[T, H, W, 3]`, of any size, kept where they are read
+        fastest; it is nobody else's business. May be called from any thread."""
+        ...
+
+    def encode_frames(self, chunks: Sequence[UInt8Array], grid: Grid) -> list[Float32Array]:
+        """Chunks of one shape, as `hold_frames` kept them, to embeddings as
+        `VisionEncoder.encode_vision` gives them. Frames are resized to the size that `grid` is the
+        patch grid of, as `framesink.runtime.preprocess.resize_frames` does it."""
         ...
 
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from framesink.runtime.arrays import UInt8Array
 from framesink.runtime.errors import FramesinkError, SessionClosedError, error_sentence
 from framesink.runtime.event_stream import EventStream
 from framesink.runtime.manifest import Limits
@@ -67,6 +68,7 @@ class PromptWorker:
 
     page_size = 1
     takes_frames = True
+    hold_frames: Callable[[UInt8Array], UInt8Array] | None = None
     takes_embeddings = False
     takes_embeddings = False
 

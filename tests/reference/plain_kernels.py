@@ -11,11 +11,13 @@ from torch.nn import functional
 
 from framesink.runtime.executors.base import NEXT_TOKEN
 from framesink.runtime.executors.cuda.kernels.formats import OutputFormat
+from framesink.runtime.executors.cuda.kernels.frames import DeviceFilter
 from framesink.runtime.executors.cuda.kernels.linear import Weights
 from framesink.runtime.executors.cuda.kernels.pages import LayerPages
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
 from framesink.runtime.executors.cuda.kernels.step_tokens import NOT_FINITE, Choosing, TileChanges
 from framesink.runtime.executors.cuda.kernels.tiles import NO_SLOT, DeviceRows, DeviceTiles
+from framesink.runtime.preprocess import Grid, PreprocessConfig
 
 
 def begin_step(
@@ -184,6 +186,35 @@ def window_attention(
             query[:, window], key[:, window], value[:, window]
         )
     quantize(mixed.transpose(0, 1).flatten(1), out, output_format)
+
+
+def frames_to_patches(
+    frames: Tensor,
+    resampling: DeviceFilter,
+    levels: Tensor,
+    grid: Grid,
+    config: PreprocessConfig,
+    out: Tensor,
+) -> None:
+    """Whole frames: one side resized, then the other."""
+    temporal, patch, merge = config.temporal_patch_size, config.patch_size, config.merge_size
+    missing = grid.t * temporal - frames.shape[1]
+    whole = torch.cat([frames, frames[:, -1:].expand(-1, missing, -1, -1, -1)], dim=1).float()
+    columns = whole[:, :, :, resampling.column_index.long()]
+    lines = (columns * resampling.column_weight[..., None]).sum(4)[
+        :, :, resampling.row_index.long()
+    ]
+    weight = resampling.row_weight[:, :, None, None]
+    if resampling.fixed_point:
+        rows = (lines.long() >> 4) * weight.long() >> 16
+        resized = (rows.sum(3) + 2) >> 2
+    else:
+        resized = ((lines * weight).sum(3) + resampling.tie).round()
+    planes = resized.long().clamp(0, 255).permute(4, 0, 1, 2, 3)
+    values = torch.stack([levels[channel][planes[channel]] for channel in range(3)], dim=-1)
+    down, across = grid.h // merge, grid.w // merge
+    blocks = values.view(-1, temporal, down, merge, patch, across, merge, patch, 3)
+    out.copy_(blocks.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(out.shape))
 
 
 def linear(inputs: Tensor, weights: Weights, out: Tensor) -> None:

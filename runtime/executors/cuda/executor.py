@@ -1,6 +1,6 @@
 """The executor for GPUs: weights and pages in its memory, one copy in and one out per step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Self
 
@@ -21,16 +21,13 @@ from framesink.runtime.executors.cuda.language_model import LanguageModel
 from framesink.runtime.executors.cuda.layers import Layers
 from framesink.runtime.executors.cuda.operations import Operations
 from framesink.runtime.executors.cuda.paged_cache import PagedCache, page_bytes
-from framesink.runtime.executors.cuda.patches import Patchifier
 from framesink.runtime.executors.cuda.prefill import PrefillRunner
-from framesink.runtime.executors.cuda.side_stream import SideStream
 from framesink.runtime.executors.cuda.staging import Staging
 from framesink.runtime.executors.cuda.token_choice import PreparedChoices, TokenChooser
-from framesink.runtime.executors.cuda.vision_encoder import VisionEncoder
+from framesink.runtime.executors.cuda.vision_part import VisionPart
 from framesink.runtime.executors.cuda.weight_source import BundleWeights, WeightSource
 from framesink.runtime.executors.cuda.weights import (
     load_language_model,
-    load_vision_encoder,
 )
 from framesink.runtime.manifest import Limits
 from framesink.runtime.models.config import ModelConfig
@@ -76,18 +73,18 @@ class CudaExecutor:
         """
         self.num_pages = num_pages
         self.page_size = page_size
-        self._vision_dtype = vision_dtype
         self._device = device
         self._clock = GpuClock() if device.type == "cuda" else None
-        self._beside = SideStream(device)
-        self._patchifier = Patchifier(preprocess, vision_dtype, device)
         layers = Layers(operations, dtype)
         with torch.no_grad():
-            self._vision = VisionEncoder(
+            self._vision = VisionPart(
                 config.vision,
-                load_vision_encoder(weights, config.vision, vision_dtype),
-                Layers(operations, vision_dtype),
-                device,
+                preprocess,
+                weights,
+                dtype=vision_dtype,
+                device=device,
+                operations=operations,
+                clock=self._clock,
             )
             model_weights = load_language_model(weights, config.text, dtype)
             self._check_memory(num_pages * page_bytes(config.text, page_size, dtype))
@@ -170,21 +167,15 @@ class CudaExecutor:
     def encode_vision(self, patches: Float32Array, grid: Grid) -> Tensor:
         """Patches float32 `[t·h·w, patch_dim]` to embeddings `[t·h·w / merge², hidden]`, which stay
         on the GPU, in the compute type."""
+        return self._vision.encode_vision(patches, grid)
 
-        def encode() -> Tensor:
-            moved = torch.from_numpy(patches).to(self._device, self._vision_dtype)
-            return self._vision.encode(moved, grid)
+    def hold_frames(self, frames: UInt8Array) -> Tensor:
+        """See `FrameEncoder.hold_frames`."""
+        return self._vision.hold_frames(frames)
 
-        return self._encode(encode)
-
-    def encode_frames(self, frames: UInt8Array, grid: Grid) -> Tensor:
-        """As `encode_vision`, from frames uint8 `[T, H, W, 3]` of the model's size."""
-
-        def encode() -> Tensor:
-            moved = torch.from_numpy(frames).to(self._device)
-            return self._vision.encode(self._patchifier.patches(moved, grid), grid)
-
-        return self._encode(encode)
+    def encode_frames(self, chunks: Sequence[Tensor], grid: Grid) -> list[Tensor]:
+        """See `FrameEncoder.encode_frames`; the embeddings are as those of `encode_vision`."""
+        return self._vision.encode_frames(chunks, grid)
 
     def step(self, batch: Sequence[SequenceInput]) -> list[Float32Array | None]:
         """Run one in-flight batch: see `Executor.step`."""
@@ -220,16 +211,6 @@ class CudaExecutor:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _encode(self, encode: Callable[[], Tensor]) -> Tensor:
-        """Beside the steps, so that decoding, which waits for memory, goes on meanwhile."""
-
-        def measured() -> Tensor:
-            with self._measure("vision"):
-                return encode()
-
-        with torch.no_grad():
-            return self._beside.run(measured)
-
     def _launch(self, batch: Sequence[SequenceInput], *, with_logits: list[int]) -> PendingAnswers:
         """Launch a step, and the way back of its answers: logits for the sequences at the places
         `with_logits`, tokens for others."""
@@ -264,7 +245,7 @@ class CudaExecutor:
             with self._measure("decode"):
                 result = self._decode.run(len(decoding))
         else:
-            self._beside.join()
+            self._vision.join()
             with self._measure("prefill"):
                 result = self._prefill.run(prepared)
         if choices is not None:

@@ -2,6 +2,7 @@
 
 from framesink.runtime.executors.cuda.kernels.activation import quantize, silu_and_multiply
 from framesink.runtime.executors.cuda.kernels.append_rows import rotate_and_append
+from framesink.runtime.executors.cuda.kernels.frames import frames_to_patches
 from framesink.runtime.executors.cuda.kernels.linear import linear
 from framesink.runtime.executors.cuda.kernels.normalization import rms_norm
 from framesink.runtime.executors.cuda.kernels.paged_decode import paged_decode
@@ -12,6 +13,7 @@ from framesink.runtime.executors.cuda.kernels.vision_attention import rotate_hea
 __all__ = [
     "begin_step",
     "choose_likeliest",
+    "frames_to_patches",
     "linear",
     "paged_decode",
     "paged_prefill",

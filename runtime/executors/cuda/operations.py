@@ -8,11 +8,13 @@ from typing import Protocol
 from torch import Tensor
 
 from framesink.runtime.executors.cuda.kernels.formats import OutputFormat
+from framesink.runtime.executors.cuda.kernels.frames import DeviceFilter
 from framesink.runtime.executors.cuda.kernels.linear import Weights
 from framesink.runtime.executors.cuda.kernels.pages import LayerPages
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
 from framesink.runtime.executors.cuda.kernels.step_tokens import Choosing, TileChanges
 from framesink.runtime.executors.cuda.kernels.tiles import DeviceRows, DeviceTiles
+from framesink.runtime.preprocess import Grid, PreprocessConfig
 
 
 class Operations(Protocol):
@@ -117,6 +119,19 @@ class Operations(Protocol):
         /,
     ) -> None:
         """Attention within the windows of the vision encoder, queries and keys rotated there."""
+        ...
+
+    def frames_to_patches(
+        self,
+        frames: Tensor,
+        resampling: DeviceFilter,
+        levels: Tensor,
+        grid: Grid,
+        config: PreprocessConfig,
+        out: Tensor,
+        /,
+    ) -> None:
+        """Frames of several chunks, resized and normalised, as patches."""
         ...
 
     def linear(self, inputs: Tensor, weights: Weights, out: Tensor, /) -> None:

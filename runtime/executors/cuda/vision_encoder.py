@@ -6,6 +6,7 @@ that windows, and whole frames too, are runs of rows; nothing is padded. Frames 
 other, so chunks of one frame size are encoded together as one chunk of more temporal steps.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,8 +24,9 @@ from framesink.runtime.models.vision_segments import window_segments
 from framesink.runtime.preprocess import Grid
 from framesink.runtime.rope import vision_rotary
 
-# A live session has one grid, and another after a change of resolution. Each keeps its activations.
-CACHED_GRIDS = 4
+# A live session has one grid, and another after a change of resolution; each number of chunks that
+# are encoded together has its own.
+CACHED_GRIDS = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,26 +71,34 @@ class VisionEncoder:
         self._weights = weights
         self._layers = layers
         self._device = device
+        # One graph runs at a time and its result is copied: all share their activations' memory.
+        self._memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._layout = lru_cache(maxsize=CACHED_GRIDS)(self._make_layout)
         self._captured = lru_cache(maxsize=CACHED_GRIDS)(self._capture)
 
-    def encode(self, patches: Tensor, grid: Grid) -> Tensor:
-        """Patches `[t·h·w, patch_dim]` to embeddings `[t·h·w / merge², out_hidden]`, in the compute
-        type."""
+    def encode(self, fill: Callable[[Tensor], None], grid: Grid) -> Tensor:
+        """Embeddings `[t·h·w / merge², out_hidden]` in the compute type, of the patches that `fill`
+        writes into the tensor `[t·h·w, patch_dim]` it is given."""
         if self._device.type != "cuda":
+            patches = self._empty_patches(grid)
+            fill(patches)
             return self._forward(patches, self._layout(grid))
         captured = self._captured(grid)
-        captured.patches.copy_(patches)
+        fill(captured.patches)
         captured.graph.replay()
         return captured.embeddings.clone()
 
     def _capture(self, grid: Grid) -> _Captured:
-        layout = self._layout(grid)
-        patches = torch.zeros(
+        layout, patches = self._layout(grid), self._empty_patches(grid).zero_()
+        graph, embeddings = capture(
+            lambda: self._forward(patches, layout), self._device, self._memory
+        )
+        return _Captured(graph, patches, embeddings)
+
+    def _empty_patches(self, grid: Grid) -> Tensor:
+        return torch.empty(
             grid.patches, self._config.patch_dim, dtype=self._layers.dtype, device=self._device
         )
-        graph, embeddings = capture(lambda: self._forward(patches, layout), self._device)
-        return _Captured(graph, patches, embeddings)
 
     def _forward(self, patches: Tensor, layout: _Layout) -> Tensor:
         layers, weights = self._layers, self._weights
