@@ -204,7 +204,16 @@ class StepLoop:
             tokens = sequence.tokens_to_write
             if tokens:
                 members[sequence.number] = sequence
-                work.append(Work(sequence.number, sequence.deadline, tokens, sequence.decoding))
+                work.append(
+                    Work(
+                        sequence.number,
+                        sequence.deadline,
+                        tokens,
+                        sequence.decoding,
+                        sequence.reply_tokens,
+                        sequence.chunk_seconds,
+                    )
+                )
         return members, work
 
     def _launch(
