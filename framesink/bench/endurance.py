@@ -131,7 +131,7 @@ def measure_endurance(
         minute = _Minute(engine.stats())
         for number in range(1, chunks // MINUTE * MINUTE + 1):
             for stream in running:
-                stream.push(time.monotonic())
+                stream.push(time.monotonic(), block=True)
             if number > ahead:
                 minute.replies += [stream.wait() for stream in running]
             if progress is not None:

@@ -31,9 +31,9 @@ class LiveStream:
         """Height and width."""
         return (self._next.frames.shape[1], self._next.frames.shape[2])
 
-    def push(self, arrived: float) -> bool:
-        """Push the next chunk, which arrived at `arrived` (`time.monotonic()`); False, and counted
-        as refused, if the session's queue was full."""
+    def push(self, arrived: float, *, block: bool = False) -> bool:
+        """Push the next chunk, which arrived at `arrived` (`time.monotonic()`), and wait for room
+        in the session's queue with `block`; False, and counted as refused, if it was full."""
         chunk, t0 = self._next, self._pushed * self.chunk_seconds
         moved = replace(
             chunk,
@@ -43,7 +43,7 @@ class LiveStream:
             captured_at=arrived,
         )
         try:
-            self.session.push_chunk(moved, block=False)
+            self.session.push_chunk(moved, block=block)
         except BacklogError:
             self.refused += 1
             return False
@@ -65,6 +65,6 @@ def fill(streams: list[LiveStream], chunks: int) -> None:
     """Let every stream answer so many chunks."""
     for _ in range(chunks):
         for stream in streams:
-            stream.push(time.monotonic())
+            stream.push(time.monotonic(), block=True)
         for stream in streams:
             stream.wait()
