@@ -10,7 +10,7 @@ from framesink.runtime.errors import error_sentence
 from framesink.runtime.executors.base import Executor, FrameEncoder
 from framesink.runtime.observer import EngineObserver
 from framesink.runtime.preprocess import Grid
-from framesink.runtime.scheduler import Encoding, Scheduler
+from framesink.runtime.scheduler import Encoding, Scheduler, Work
 from framesink.runtime.sequence import Sequence
 from framesink.runtime.session_input import PreparedChunk
 
@@ -43,14 +43,31 @@ class ChunkEncoder:
 
     def run(self, sequences: Iterable[Sequence]) -> bool:
         """Encode as many waiting chunks as one round has room for; whether any waited."""
+        everyone = list(sequences)
         waiting = {
             sequence.number: (sequence, chunk)
-            for sequence in sequences
+            for sequence in everyone
             if (chunk := sequence.chunk_to_encode) is not None
         }
+        if not waiting:
+            return False
+        replies = [
+            Work(each.number, each.deadline, 1, True, each.reply_tokens, each.chunk_seconds)
+            for each in everyone
+            if each.decoding
+        ]
         chosen = self._scheduler.schedule_encoding(
-            Encoding(number, sequence.deadline, chunk.grid.patches)
-            for number, (sequence, chunk) in waiting.items()
+            (
+                Encoding(
+                    number,
+                    sequence.deadline,
+                    chunk.grid.patches,
+                    sequence.reply_tokens,
+                    sequence.chunk_seconds,
+                )
+                for number, (sequence, chunk) in waiting.items()
+            ),
+            replies,
         )
         for group in _groups([waiting[number] for number in chosen]):
             started = time.monotonic()

@@ -317,7 +317,9 @@ class StreamingEngine:
             return PromptWorker(
                 executor, model, protocol, limits, self._load.observer, wake=self._wake.set
             )
-        return PagedWorker(executor, model, protocol, limits, self._load.observer)
+        return PagedWorker(
+            executor, model, protocol, limits, self._load.observer, self._load.costs_of_steps
+        )
 
     def _admit(
         self,

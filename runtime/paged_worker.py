@@ -8,6 +8,7 @@ from framesink.runtime.event_stream import EventStream
 from framesink.runtime.executors.base import Executor, FrameEncoder, TimedExecutor
 from framesink.runtime.kv.page_pool import PagePool
 from framesink.runtime.kv.sequence_cache import SequenceCache
+from framesink.runtime.load.costs import WorkCosts
 from framesink.runtime.manifest import Limits
 from framesink.runtime.models.config import ModelConfig
 from framesink.runtime.observer import EngineObserver
@@ -34,7 +35,9 @@ class PagedWorker:
         protocol: ChatProtocol,
         limits: Limits,
         observer: EngineObserver,
+        costs: Callable[[], WorkCosts | None] = lambda: None,
     ) -> None:
+        """`costs` are those that steps are divided by, None while nothing is due."""
         self.page_size = executor.page_size
         self.takes_frames = isinstance(executor, FrameEncoder)
         self._frame_encoder = executor if isinstance(executor, FrameEncoder) else None
@@ -49,6 +52,7 @@ class PagedWorker:
             max_part=limits.max_prefill,
             max_batch=limits.max_streams,
             patch_budget=limits.max_patches,
+            costs=costs,
         )
         self._loop = StepLoop(executor, self._prefixes, scheduler, observer)
 

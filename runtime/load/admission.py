@@ -68,6 +68,11 @@ class LiveStreams:
             if number in self._streams:
                 self._streams[number] = _Stream(declared, running, rung)
 
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._streams)
+
     def load(self) -> float | None:
         """Share of the time that the streams take as they run; None while costs are unknown."""
         costs = self._costs()

@@ -39,10 +39,10 @@ class EngineLoad:
         self._measured = not measurable
         self._measuring = threading.Lock()
 
-    @property
-    def costs(self) -> WorkCosts | None:
-        """What work costs, None while it is unknown."""
-        return self.meter.costs
+    def costs_of_steps(self) -> WorkCosts | None:
+        """What steps are divided by; None while costs are unknown or no session is live: then
+        nothing is due, and the same input is divided the same way every time."""
+        return self.meter.costs if self._streams.count else None
 
     def measure(self, rehearse: Callable[[], None]) -> None:
         """Learn costs from a rehearsal, the first time; observers are not told of it."""
