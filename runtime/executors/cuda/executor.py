@@ -245,7 +245,7 @@ class CudaExecutor:
             with self._measure("decode"):
                 result = self._decode.run(len(decoding))
         else:
-            self._vision.join()
+            self._vision.join(prepared.embeddings)
             with self._measure("prefill"):
                 result = self._prefill.run(prepared)
         if choices is not None:

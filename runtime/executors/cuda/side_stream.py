@@ -1,6 +1,6 @@
 """Work beside the steps: on a CUDA stream of its own, waited for where its result is read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -11,22 +11,33 @@ class SideStream:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._done = torch.cuda.Event() if device.type == "cuda" else None
+        # By where a result lies: as long as it has not been waited for, nothing else can lie there.
+        self._done: dict[int, torch.cuda.Event] = {}
 
     def run(self, work: Callable[[], Tensor]) -> Tensor:
-        """Launch `work` after what was launched here before. Its result may be read in the stream
-        that is current now, after `join`."""
-        if self._stream is None or self._done is None:
+        """Launch `work` after what was launched here before. Its result, and slices of it, may be
+        read in the stream that is current now, after `join`."""
+        if self._stream is None:
             return work()
         reader = torch.cuda.current_stream(self._stream.device)
         with torch.cuda.stream(self._stream):
             result = work()
-            self._done.record()
+            done = torch.cuda.Event()
+            done.record()
         # Its memory must not be given away before the reader has passed.
         result.record_stream(reader)
+        self._done[_place(result)] = done
         return result
 
-    def join(self) -> None:
-        """Let the current stream wait for all that was launched here."""
-        if self._stream is not None and self._done is not None:
-            torch.cuda.current_stream(self._stream.device).wait_event(self._done)
+    def join(self, results: Iterable[Tensor]) -> None:
+        """Let the current stream wait for `results`, or slices of them, and for none of those that
+        were launched after them."""
+        for result in results:
+            done = self._done.pop(_place(result), None)
+            if done is not None:
+                torch.cuda.current_stream(result.device).wait_event(done)
+
+
+def _place(tensor: Tensor) -> int:
+    place: int = tensor.untyped_storage().data_ptr()
+    return place

@@ -1,6 +1,6 @@
 """The vision half of the executor: from host memory to embeddings, beside the steps."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -79,9 +79,9 @@ class VisionPart:
             found += self._encode(fill, whole).chunk(len(part))
         return found
 
-    def join(self) -> None:
-        """Let the current stream wait for all that was launched."""
-        self._beside.join()
+    def join(self, embeddings: Iterable[Tensor]) -> None:
+        """Let the current stream wait for `embeddings`, or slices of them."""
+        self._beside.join(embeddings)
 
     def _encode(self, fill: Callable[[Tensor], None], grid: Grid) -> Tensor:
         def measured() -> Tensor:
