@@ -42,9 +42,10 @@ class Sizes:
         )
         return MRopeTable(config, "float32")
 
-    def rotate(self, rows: Tensor, positions: Int32Array) -> Tensor:
-        """`rows [n, heads, D]` in float64, turned by `positions [3, n]`."""
+    def rotate(self, rows: Tensor, positions: Int32Array, *, back: bool = False) -> Tensor:
+        """`rows [n, heads, D]` in float64, turned by `positions [3, n]`, or turned back."""
         cos, sin = (torch.from_numpy(t).double()[:, None] for t in self.rope().lookup(positions))
+        sin = -sin if back else sin
         first, second = rows.double().chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
@@ -114,6 +115,11 @@ class PagedRows:
         self.places[:, slots] = places
         self._written[slots] = True
         return Rows(slots, np.zeros(count, np.int32), places)
+
+    @property
+    def written(self) -> Int32Array:
+        """The slots that were given out."""
+        return np.flatnonzero(self._written).astype(np.int32)
 
     def stored(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """K pages, rotated by place, and V pages `[N, Hkv, page, D]`; NaN in rows never written,

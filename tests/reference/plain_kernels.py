@@ -18,6 +18,7 @@ from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
 from framesink.runtime.executors.cuda.kernels.step_tokens import NOT_FINITE, Choosing, TileChanges
 from framesink.runtime.executors.cuda.kernels.tiles import NO_SLOT, DeviceRows, DeviceTiles
 from framesink.runtime.preprocess import Grid, PreprocessConfig
+from reference.unpacked_rows import read_places, read_rows, write_rows
 
 
 def begin_step(
@@ -56,14 +57,15 @@ def rotate_and_append(
 ) -> None:
     """Keys rotated by their places, and values, into their slots; all rotated by their positions in
     place."""
-    key_heads, page_size, head_dim = pages.keys.shape[1:]
-    heads = qkv.view(len(qkv), -1, head_dim)
+    key_heads = pages.key_heads
+    heads = qkv.view(len(qkv), -1, pages.head_dim)
     keys, values = heads[:, -2 * key_heads : -key_heads], heads[:, -key_heads:]
     kept = slots >= 0
-    numbers, rows = slots[kept].long() // page_size, slots[kept].long() % page_size
-    turned = _rotate(keys, positions - bases, rotary)
-    pages.keys[numbers, :, rows] = turned[kept].to(pages.keys.dtype)
-    pages.values[numbers, :, rows] = values[kept]
+    places = positions - bases
+    turned = _rotate(keys, places, rotary)
+    write_rows(pages, slots[kept], turned[kept], values[kept], places[:, kept])
+    if pages.codes is not None:
+        keys += pages.codes.key_bias
     turned = heads[:, :-key_heads]
     turned.copy_(_rotate(turned, positions, rotary))
 
@@ -71,6 +73,7 @@ def rotate_and_append(
 def paged_decode(
     qkv: Tensor,
     rotary: RotaryTable,
+    positions: Tensor,
     tiles: DeviceTiles,
     pages: LayerPages,
     out: Tensor,
@@ -97,21 +100,21 @@ def paged_prefill(
 ) -> None:
     """Every sequence by itself, its context before its new tokens, keys at their positions."""
     result = torch.zeros(out.shape)
-    key_heads, page_size, head_dim = pages.keys.shape[1:]
+    key_heads, head_dim = pages.key_heads, pages.head_dim
     bounds = starts.tolist()
     for index in range(len(bounds) - 1):
         part = slice(bounds[index], bounds[index + 1])
         new, old = bounds[index + 1] - bounds[index], int(rows.counts[index])
         assert 0 < new <= longest
         assert old <= rows.slots.shape[1]
-        slots, bases = rows.slots[index, :old].long(), rows.bases[index, :old]
-        older = pages.keys[slots // page_size, :, slots % page_size]
+        slots, bases = rows.slots[index, :old], rows.bases[index, :old]
+        older, older_values = read_rows(pages, slots)
         turned = torch.empty(older.shape)
         for sign in (-1, 1):
             chosen = bases * sign >= 0
             angles = bases[chosen].abs().expand(3, -1)
             turned[chosen] = _rotate(older[chosen], angles, rotary, back=sign < 0)
-        older_values = pages.values[slots // page_size, :, slots % page_size].float()
+        turned += _turned_bias(pages, slots, bases, rotary)
         heads = qkv[part].float().view(new, -1, head_dim)
         keys = torch.cat([turned, heads[:, -2 * key_heads : -key_heads]])
         scores = _scores(heads[:, : -2 * key_heads], keys)
@@ -256,7 +259,6 @@ def _context_scores(
     pages: LayerPages,
 ) -> tuple[Tensor, Tensor]:
     """Scores `[H, s, m]` and values `[m, Hkv, D]` of a sequence's rows, tile after tile."""
-    page_size = pages.page_size
     scores = [queries.new_empty(queries.shape[1], len(queries), 0)]
     values = [queries.new_empty(0, pages.key_heads, pages.head_dim)]
     context = int(tiles.rows[sequence])
@@ -264,11 +266,20 @@ def _context_scores(
         base = int(tiles.bases[context, tile])
         turned = _rotate(queries, torch.full((3, len(queries)), abs(base)), rotary, back=base > 0)
         slots = tiles.slots[context, tile]
-        slots = slots[slots != NO_SLOT].long()
-        keys = pages.keys[slots // page_size, :, slots % page_size]
-        scores.append(_scores(turned, keys))
-        values.append(pages.values[slots // page_size, :, slots % page_size].float())
+        slots = slots[slots != NO_SLOT]
+        keys, tile_values = read_rows(pages, slots)
+        bias = _turned_bias(pages, slots, torch.full(slots.shape, base), rotary)
+        scores.append(_scores(turned, keys) + _scores(queries, bias))
+        values.append(tile_values)
     return torch.cat(scores, dim=2), torch.cat(values)
+
+
+def _turned_bias(pages: LayerPages, slots: Tensor, bases: Tensor, rotary: RotaryTable) -> Tensor:
+    """What keys in `slots` lack, at their positions: `[n, Hkv, D]`, 0 if they have their bias."""
+    if pages.codes is None:
+        return torch.zeros(len(slots), pages.key_heads, pages.head_dim)
+    bias = pages.codes.key_bias.expand(len(slots), -1, -1)
+    return _rotate(bias, read_places(pages, slots) + bases, rotary)
 
 
 def _mix(scores: Tensor, values: Tensor) -> Tensor:

@@ -46,8 +46,8 @@ _HEADROOM_BYTES = 2 << 30
 class CudaExecutor:
     """Runs both parts on one GPU. See `framesink.runtime.executors.base.Executor`.
 
-    Keys are stored rotated by their places, with their bias, and values as they are, both in the
-    compute type.
+    Keys are stored rotated by their places. They and values are in the compute type, or codes, as
+    the model's quantization says.
     """
 
     name = "cuda"
@@ -66,8 +66,8 @@ class CudaExecutor:
         device: torch.device,
         operations: Operations,
     ) -> None:
-        """`dtype` is the language model's compute type and that of the pages, `vision_dtype` the
-        vision encoder's; `operations` are the kernels.
+        """`dtype` is the language model's compute type, `vision_dtype` the vision encoder's;
+        `operations` are the kernels.
 
         Raises CapacityError if weights or pages do not fit into the GPU's memory.
         """
@@ -87,7 +87,8 @@ class CudaExecutor:
                 clock=self._clock,
             )
             model_weights = load_language_model(weights, config.text, dtype)
-            self._check_memory(num_pages * page_bytes(config.text, page_size, dtype))
+            scheme = weights.quantization.cache
+            self._check_memory(num_pages * page_bytes(config.text, page_size, dtype, scheme))
             positions = 2 * limits.max_context
             self._rotary = RotaryTable.make(
                 config.text.head_dim,
@@ -103,6 +104,8 @@ class CudaExecutor:
                 self._rotary,
                 PagedCache(
                     config.text,
+                    weights,
+                    model_weights.layers,
                     num_pages=num_pages,
                     page_size=page_size,
                     dtype=dtype,

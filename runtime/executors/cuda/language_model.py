@@ -72,7 +72,9 @@ class LanguageModel:
 
         def attend(output: Linear, qkv: Tensor, pages: LayerPages, mixed: Tensor) -> None:
             self._append(qkv, rows, pages)
-            operations.paged_decode(qkv, self._rotary, tiles, pages, mixed, output.input)
+            operations.paged_decode(
+                qkv, self._rotary, rows.positions, tiles, pages, mixed, output.input
+            )
 
         hidden, delta = self._run(hidden, attend)
         return self._logits(hidden, delta)
@@ -98,7 +100,13 @@ class LanguageModel:
             self._append(qkv, rows, pages)
             if tiles is not None:
                 operations.paged_decode(
-                    qkv[:single], self._rotary, tiles, pages, mixed[:single], output.input
+                    qkv[:single],
+                    self._rotary,
+                    rows.positions[:, :single],
+                    tiles,
+                    pages,
+                    mixed[:single],
+                    output.input,
                 )
             operations.paged_prefill(
                 qkv[single:],

@@ -57,6 +57,7 @@ class Operations(Protocol):
         self,
         qkv: Tensor,
         rotary: RotaryTable,
+        positions: Tensor,
         tiles: DeviceTiles,
         pages: LayerPages,
         out: Tensor,

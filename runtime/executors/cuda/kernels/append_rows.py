@@ -5,7 +5,12 @@ import triton.language as tl
 from torch import Tensor
 
 from framesink.runtime.executors.cuda.kernels.overlap import await_inputs, overlapping
-from framesink.runtime.executors.cuda.kernels.pages import LayerPages
+from framesink.runtime.executors.cuda.kernels.pages import (
+    PLACE_BITS,
+    LayerPages,
+    pack,
+    row_offsets,
+)
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
 
 
@@ -19,12 +24,12 @@ def rotate_and_append(
 ) -> None:
     """Rotate queries and keys in place, and write keys and values into the pages of one layer.
 
-    `qkv` `[M, (H + 2·Hkv)·D]` are the projections with their biases; its queries and keys are
-    turned by `positions` int32 `[3, M]`. The pages take keys turned by their place alone,
-    positions - `bases` int32 `[M]`, and values, at `slots` int32 `[M]`; a token of slot -1 has no
-    row to write. Rotations are computed in float32.
+    `qkv` `[M, (H + 2·Hkv)·D]` are the projections with their biases, but for the keys' where pages
+    hold codes: then it is added here. Queries and keys are turned by `positions` int32 `[3, M]`.
+    The pages take keys turned by their place alone, positions - `bases` int32 `[M]`, and values, at
+    `slots` int32 `[M]`; a token of slot -1 has no row to write. Rotations are computed in float32.
     """
-    key_heads, head_dim = pages.key_heads, pages.head_dim
+    key_heads, head_dim, codes = pages.key_heads, pages.head_dim, pages.codes
     heads = qkv.shape[1] // head_dim - 2 * key_heads
     group = heads // key_heads
     _rotate_and_append[(len(slots), key_heads)](
@@ -36,6 +41,10 @@ def rotate_and_append(
         slots,
         pages.keys,
         pages.values,
+        pages.keys if codes is None else codes.key_scale,
+        pages.keys if codes is None else codes.value_scale,
+        pages.keys if codes is None else codes.key_bias,
+        pages.keys if codes is None else codes.places,
         qkv.stride(0),
         positions.stride(0),
         GROUP=group,
@@ -45,6 +54,7 @@ def rotate_and_append(
         PAGE=pages.page_size,
         TIME_END=rotary.time_end,
         HEIGHT_END=rotary.height_end,
+        SCHEME=pages.scheme.value,
         num_warps=2,
         **overlapping(qkv.device),
     )
@@ -60,6 +70,10 @@ def _rotate_and_append(
     slots,
     k_pages,
     v_pages,
+    key_scale,
+    value_scale,
+    key_bias,
+    places,
     qkv_stride,
     positions_stride,
     GROUP: tl.constexpr,
@@ -69,6 +83,7 @@ def _rotate_and_append(
     PAGE: tl.constexpr,
     TIME_END: tl.constexpr,
     HEIGHT_END: tl.constexpr,
+    SCHEME: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     await_inputs(OVERLAP)
@@ -96,14 +111,41 @@ def _rotate_and_append(
     second = tl.load(key + HALF).to(tl.float32)
     slot = tl.load(slots + token)
     if slot >= 0:
-        place = position - tl.load(bases + token)
+        base = tl.load(bases + token)
+        place = position - base
         place_cos = tl.load(cosines + place * HALF + pair)
         place_sin = tl.load(sines + place * HALF + pair)
-        page = (slot // PAGE).to(tl.int64)
-        at = ((page * KEY_HEADS + head) * PAGE + slot % PAGE) * HEAD_DIM + pair
-        tl.store(k_pages + at, first * place_cos - second * place_sin)
-        tl.store(k_pages + at + HALF, second * place_cos + first * place_sin)
-        tl.store(v_pages + at, tl.load(value))
-        tl.store(v_pages + at + HALF, tl.load(value + HALF))
+        turned_first = first * place_cos - second * place_sin
+        turned_second = second * place_cos + first * place_sin
+        if SCHEME == "16bit":
+            at = row_offsets(slot, head, KEY_HEADS, HEAD_DIM, PAGE) + pair
+            tl.store(k_pages + at, turned_first)
+            tl.store(k_pages + at + HALF, turned_second)
+            tl.store(v_pages + at, tl.load(value))
+            tl.store(v_pages + at + HALF, tl.load(value + HALF))
+        else:
+            at = row_offsets(slot, head, KEY_HEADS, HALF, PAGE) + pair
+            scale = tl.load(key_scale + head * HALF + pair)
+            tl.store(k_pages + at, pack(turned_first / scale, turned_second / scale, SCHEME))
+            scale = tl.load(value_scale + head)
+            first_value = tl.load(value).to(tl.float32) / scale
+            second_value = tl.load(value + HALF).to(tl.float32) / scale
+            tl.store(v_pages + at, pack(first_value, second_value, SCHEME))
+            if head == 0:
+                packed = _place(positions, base, 2, token, positions_stride) << PLACE_BITS
+                packed |= _place(positions, base, 1, token, positions_stride)
+                packed = packed << PLACE_BITS
+                packed |= _place(positions, base, 0, token, positions_stride)
+                tl.store(places + slot, packed)
+    if SCHEME != "16bit":
+        bias = key_bias + head * HEAD_DIM + pair
+        first += tl.load(bias)
+        second += tl.load(bias + HALF)
     tl.store(key, first * cos - second * sin)
     tl.store(key + HALF, second * cos + first * sin)
+
+
+@triton.jit
+def _place(positions, base, axis, token, positions_stride):
+    """A token's place on one axis, int64."""
+    return (tl.load(positions + axis * positions_stride + token) - base).to(tl.int64)

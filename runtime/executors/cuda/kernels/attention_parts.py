@@ -108,13 +108,6 @@ def _combine(
 
 
 @triton.jit
-def row_offsets(slots, head, KEY_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr):
-    """Where the rows of `slots` begin in pages `[N, Hkv, page, D]`, int64."""
-    row = (slots // PAGE * KEY_HEADS + head) * PAGE + slots % PAGE
-    return row.to(tl.int64) * HEAD_DIM
-
-
-@triton.jit
 def add_tile(scores, value, maximum, total, mixed):
     """One step of the softmax over tiles: `scores` `[ROWS, TILE]` with -inf where nothing is seen,
     `value` `[TILE, D]`."""

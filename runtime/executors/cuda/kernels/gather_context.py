@@ -5,9 +5,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from framesink.runtime.executors.cuda.kernels.attention_parts import row_offsets
 from framesink.runtime.executors.cuda.kernels.overlap import await_inputs, overlapping
-from framesink.runtime.executors.cuda.kernels.pages import LayerPages
+from framesink.runtime.executors.cuda.kernels.pages import (
+    LayerPages,
+    converts_in_pairs,
+    positions_of,
+    row_offsets,
+    unpack,
+)
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable, turn
 from framesink.runtime.executors.cuda.kernels.tiles import DeviceRows
 
@@ -26,7 +31,7 @@ def gather_context(
     new tokens; what is beyond is not written. Keys are turned to their positions. See
     `paged_prefill` for the arguments."""
     batch = len(starts) - 1
-    key_heads, head_dim = pages.key_heads, pages.head_dim
+    key_heads, head_dim, codes = pages.key_heads, pages.head_dim, pages.codes
     room = rows.slots.shape[1] + longest
     shape = (batch, key_heads, room, head_dim)
     keys = torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
@@ -41,6 +46,10 @@ def gather_context(
         rows.counts,
         pages.keys,
         pages.values,
+        pages.keys if codes is None else codes.key_scale,
+        pages.keys if codes is None else codes.value_scale,
+        pages.keys if codes is None else codes.key_bias,
+        pages.keys if codes is None else codes.places,
         keys,
         values,
         qkv.stride(0),
@@ -51,6 +60,10 @@ def gather_context(
         KEY_HEADS=key_heads,
         HALF=head_dim // 2,
         PAGE=pages.page_size,
+        TIME_END=rotary.time_end,
+        HEIGHT_END=rotary.height_end,
+        SCHEME=pages.scheme.value,
+        IN_PAIRS=converts_in_pairs(qkv.device, pages.scheme),
         num_warps=4,
         **overlapping(qkv.device),
     )
@@ -68,6 +81,10 @@ def _gather_context(
     counts,
     k_pages,
     v_pages,
+    key_scale,
+    value_scale,
+    key_bias,
+    places,
     keys,
     values,
     qkv_stride,
@@ -78,6 +95,10 @@ def _gather_context(
     KEY_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     PAGE: tl.constexpr,
+    TIME_END: tl.constexpr,
+    HEIGHT_END: tl.constexpr,
+    SCHEME: tl.constexpr,
+    IN_PAIRS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     await_inputs(OVERLAP)
@@ -94,16 +115,34 @@ def _gather_context(
     listed = sequence.to(tl.int64) * rows_stride + row
     slot = tl.load(slots + listed, mask=older, other=0)
     base = tl.load(bases + listed, mask=older, other=0)
-    stored = row_offsets(slot, head, KEY_HEADS, HEAD_DIM, PAGE)[:, None] + pair
+    WIDTH: tl.constexpr = HEAD_DIM if SCHEME == "16bit" else HALF
+    stored = row_offsets(slot, head, KEY_HEADS, WIDTH, PAGE)[:, None] + pair
     fresh = (start + row - count).to(tl.int64) * qkv_stride + key_offset + head * HEAD_DIM
     fresh = fresh[:, None] + pair
     from_pages = older[:, None]
     from_qkv = newer[:, None]
     target = ((sequence * KEY_HEADS + head).to(tl.int64) * room + row)[:, None] * HEAD_DIM + pair
 
-    first = tl.load(k_pages + stored, mask=from_pages, other=0.0).to(tl.float32)
-    second = tl.load(k_pages + stored + HALF, mask=from_pages, other=0.0).to(tl.float32)
-    first, second = turn(first, second, cosines, sines, base[:, None], pair, HALF)
+    if SCHEME == "16bit":
+        first = tl.load(k_pages + stored, mask=from_pages, other=0.0).to(tl.float32)
+        second = tl.load(k_pages + stored + HALF, mask=from_pages, other=0.0).to(tl.float32)
+        first, second = turn(first, second, cosines, sines, base[:, None], pair, HALF)
+    else:
+        words = tl.load(k_pages + stored, mask=from_pages, other=0)
+        first, second = unpack(words, SCHEME, IN_PAIRS)
+        scale = tl.load(key_scale + head * HALF + pair)
+        first = tl.where(from_pages, first.to(tl.float32) * scale, 0.0)
+        second = tl.where(from_pages, second.to(tl.float32) * scale, 0.0)
+        first, second = turn(first, second, cosines, sines, base[:, None], pair, HALF)
+        t, h, w = positions_of(tl.load(places + slot, mask=older, other=0), base)
+        later = tl.where(pair < HEIGHT_END, h[:, None], w[:, None])
+        position = tl.where(pair < TIME_END, t[:, None], later)
+        bias = key_bias + head * HEAD_DIM + pair
+        first_bias, second_bias = turn(
+            tl.load(bias), tl.load(bias + HALF), cosines, sines, position, pair, HALF
+        )
+        first += tl.where(from_pages, first_bias, 0.0)
+        second += tl.where(from_pages, second_bias, 0.0)
     first += tl.load(qkv + fresh, mask=from_qkv, other=0.0).to(tl.float32)
     second += tl.load(qkv + fresh + HALF, mask=from_qkv, other=0.0).to(tl.float32)
     exists = (row < total)[:, None]
@@ -111,8 +150,16 @@ def _gather_context(
     tl.store(keys + target + HALF, second, mask=exists)
 
     fresh += KEY_HEADS * HEAD_DIM
-    for half in tl.static_range(2):
-        at = half * HALF
-        value = tl.load(v_pages + stored + at, mask=from_pages, other=0.0)
-        value += tl.load(qkv + fresh + at, mask=from_qkv, other=0.0)
-        tl.store(values + target + at, value, mask=exists)
+    first = tl.load(qkv + fresh, mask=from_qkv, other=0.0).to(tl.float32)
+    second = tl.load(qkv + fresh + HALF, mask=from_qkv, other=0.0).to(tl.float32)
+    if SCHEME == "16bit":
+        first += tl.load(v_pages + stored, mask=from_pages, other=0.0).to(tl.float32)
+        second += tl.load(v_pages + stored + HALF, mask=from_pages, other=0.0).to(tl.float32)
+    else:
+        words = tl.load(v_pages + stored, mask=from_pages, other=0)
+        first_code, second_code = unpack(words, SCHEME, IN_PAIRS)
+        scale = tl.load(value_scale + head)
+        first += tl.where(from_pages, first_code.to(tl.float32) * scale, 0.0)
+        second += tl.where(from_pages, second_code.to(tl.float32) * scale, 0.0)
+    tl.store(values + target, first, mask=exists)
+    tl.store(values + target + HALF, second, mask=exists)

@@ -1,25 +1,30 @@
-"""Attention of one new token per sequence, straight on the pages."""
+"""Attention of one new token per sequence, straight on the pages.
+
+The rows of a tile are the rows of the matrix products, and the query heads of one K/V head their
+columns: the least that a matrix instruction takes are 16 rows, but 8 columns.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from framesink.runtime.executors.cuda.kernels.attention_parts import (
-    LOG2_E,
-    Parts,
-    add_tile,
-    combine,
-    row_offsets,
-)
+from framesink.runtime.executors.cuda.kernels.attention_parts import LOG2_E, Parts, combine
 from framesink.runtime.executors.cuda.kernels.formats import OutputFormat
+from framesink.runtime.executors.cuda.kernels.key_bias import key_bias_scores
 from framesink.runtime.executors.cuda.kernels.overlap import await_inputs, overlapping
-from framesink.runtime.executors.cuda.kernels.pages import LayerPages
+from framesink.runtime.executors.cuda.kernels.pages import (
+    LayerPages,
+    converts_in_pairs,
+    positions_of,
+    row_offsets,
+    unpack,
+)
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable, turn
 from framesink.runtime.executors.cuda.kernels.tiles import NO_SLOT, TILE_ROWS, DeviceTiles
 
-# The smallest matrix product's rows.
-_MIN_ROWS = 16
+# The fewest columns of a matrix product.
+_MIN_HEADS = 8
 # Programs that run at once on one multiprocessor.
 _PROGRAMS = 3
 # With fewer parts than this, rounding them down would leave much of the GPU idle.
@@ -31,6 +36,7 @@ _STAGES = 3
 def paged_decode(
     qkv: Tensor,
     rotary: RotaryTable,
+    positions: Tensor,
     tiles: DeviceTiles,
     pages: LayerPages,
     out: Tensor,
@@ -39,39 +45,49 @@ def paged_decode(
 ) -> None:
     """Attend from each sequence's newest token to its tiles, which include that token's own row.
 
-    `qkv` `[B, (H + 2·Hkv)·D]` as `rotate_and_append` left it; `out` `[B, H·D]`. Every
-    context is split into `splits` parts, by default so many that they fill the GPU. What is
-    launched depends on shapes alone, so a CUDA graph can hold it.
+    `qkv` `[B, (H + 2·Hkv)·D]` as `rotate_and_append` left it; `positions` int32 `[3, B]` those of
+    the new tokens; `out` `[B, H·D]`. Every context is split into `splits` parts, by default so many
+    that they fill the GPU. What is launched depends on shapes alone, so a CUDA graph can hold it.
     """
     batch = len(qkv)
-    key_heads, head_dim = pages.key_heads, pages.head_dim
+    key_heads, head_dim, codes = pages.key_heads, pages.head_dim, pages.codes
     heads = out.shape[1] // head_dim
     if splits is None:
         splits = _choose_splits(batch * key_heads, tiles.bases.shape[1], qkv.device)
     parts = Parts.empty(batch * heads, splits, head_dim, qkv.device)
     group = heads // key_heads
+    bias_scores = None
+    if codes is not None:
+        bias_scores = key_bias_scores(qkv, rotary, positions, pages)
     _paged_decode[(batch, key_heads, splits)](
         qkv,
         rotary.cos,
         rotary.sin,
+        tiles.rows,
         tiles.bases,
         tiles.slots,
         tiles.counts,
-        tiles.rows,
         pages.keys,
         pages.values,
+        pages.keys if codes is None else codes.key_scale,
+        pages.keys if codes is None else codes.value_scale,
+        pages.keys if codes is None else codes.places,
+        bias_scores,
         parts.values,
         parts.softmax,
         qkv.stride(0),
         tiles.bases.stride(0),
+        len(rotary.cos),
         LOG2_E / head_dim**0.5,
         GROUP=group,
-        ROWS=max(_MIN_ROWS, triton.next_power_of_2(group)),
+        HEADS=max(_MIN_HEADS, triton.next_power_of_2(group)),
         KEY_HEADS=key_heads,
         HALF=head_dim // 2,
         PAGE=pages.page_size,
         TILE=TILE_ROWS,
         NO_SLOT=NO_SLOT,
+        SCHEME=pages.scheme.value,
+        IN_PAIRS=converts_in_pairs(qkv.device, pages.scheme),
         num_warps=_WARPS,
         num_stages=_STAGES,
         **overlapping(qkv.device),
@@ -90,29 +106,36 @@ def _choose_splits(rows: int, tiles: int, device: torch.device) -> int:
     return max(1, min(splits, tiles))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("reach",))
 def _paged_decode(
     qkv,
     cosines,
     sines,
+    tile_rows,
     tile_bases,
     tile_slots,
     tile_counts,
-    tile_rows,
     k_pages,
     v_pages,
+    key_scale,
+    value_scale,
+    places,
+    bias_scores,
     values,
     softmax,
     qkv_stride,
     tiles_stride,
+    reach,
     score_scale,
     GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
     NO_SLOT: tl.constexpr,
+    SCHEME: tl.constexpr,
+    IN_PAIRS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     await_inputs(OVERLAP)
@@ -127,44 +150,91 @@ def _paged_decode(
     end = context * tiles_stride + tl.minimum((split + 1) * share, count)
 
     HEAD_DIM: tl.constexpr = 2 * HALF
-    row = tl.arange(0, ROWS)
+    WIDTH: tl.constexpr = HEAD_DIM if SCHEME == "16bit" else HALF
+    # The type of the products: that of the pages, or in which codes are exact.
+    INPUT: tl.constexpr = qkv.dtype.element_ty
+    EXACT: tl.constexpr = tl.float32 if tl.float32 == INPUT else tl.float16
+    DTYPE: tl.constexpr = INPUT if SCHEME == "16bit" else EXACT
+    query_head = tl.arange(0, HEADS)
     pair = tl.arange(0, HALF)
-    channel = tl.arange(0, HEAD_DIM)
-    in_group = row < GROUP
+    channel = tl.arange(0, WIDTH)
+    in_group = query_head < GROUP
     query = qkv + sequence.to(tl.int64) * qkv_stride + head * GROUP * HEAD_DIM
-    query = query + row[:, None] * HEAD_DIM + pair[None, :]
-    first = tl.load(query, mask=in_group[:, None], other=0.0).to(tl.float32) * score_scale
-    second = tl.load(query + HALF, mask=in_group[:, None], other=0.0).to(tl.float32) * score_scale
+    query = query + query_head[None, :] * HEAD_DIM + pair[:, None]
+    first = tl.load(query, mask=in_group[None, :], other=0.0).to(tl.float32) * score_scale
+    second = tl.load(query + HALF, mask=in_group[None, :], other=0.0).to(tl.float32) * score_scale
+    if SCHEME != "16bit":
+        scale = tl.load(key_scale + head * HALF + pair)[:, None]
+        first *= scale
+        second *= scale
 
-    maximum = tl.full((ROWS,), -1e30, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    mixed = tl.zeros((ROWS, HEAD_DIM), tl.float32)
+    maximum = tl.full((HEADS,), -1e30, tl.float32)
+    total = tl.zeros((HEADS,), tl.float32)
+    # Of all channels, or of the first and of the second half.
+    mixed = tl.zeros((WIDTH, HEADS), tl.float32)
+    mixed_second = tl.zeros((HALF, HEADS), tl.float32)
     # What a tile is, is known one tile ahead, so that its keys and values can be prefetched.
     member = tl.arange(0, TILE)
     base = tl.load(tile_bases + begin, mask=begin < end, other=0)
     slots = tl.load(tile_slots + begin * TILE + member, mask=begin < end, other=NO_SLOT)
+    if SCHEME != "16bit":
+        # Where its rows stand is looked up by their slots, which are read one more tile ahead.
+        place = tl.load(places + slots)
+        following = tile_slots + (begin + 1) * TILE + member
+        later_slots = tl.load(following, mask=begin + 1 < end, other=NO_SLOT)
+        own = (sequence * KEY_HEADS + head).to(tl.int64) * reach * (3 * HEADS)
+        own_bias = bias_scores + own + query_head[None, :]
     for tile in range(begin, end):
         turned_first, turned_second = turn(
-            first, second, cosines, sines, -base, pair[None, :], HALF
+            first, second, cosines, sines, -base, pair[:, None], HALF
         )
         visible = slots != NO_SLOT
-        at = row_offsets(slots, head, KEY_HEADS, HEAD_DIM, PAGE)
+        at = row_offsets(slots, head, KEY_HEADS, WIDTH, PAGE)
+        if SCHEME != "16bit":
+            t, h, w = positions_of(place, base)
+            bias = tl.load(own_bias + t[:, None] * (3 * HEADS))
+            bias += tl.load(own_bias + h[:, None] * (3 * HEADS) + HEADS)
+            bias += tl.load(own_bias + w[:, None] * (3 * HEADS) + 2 * HEADS)
+            place = tl.load(places + later_slots)
+            following = tile_slots + (tile + 2) * TILE + member
+            later_slots = tl.load(following, mask=tile + 2 < end, other=NO_SLOT)
         more = tile + 1 < end
-        following = tile_slots + (tile + 1) * TILE + member
-        slots = tl.load(following, mask=more, other=NO_SLOT)
+        slots = tl.load(tile_slots + (tile + 1) * TILE + member, mask=more, other=NO_SLOT)
         base = tl.load(tile_bases + tile + 1, mask=more, other=0)
-        key = k_pages + at[None, :] + pair[:, None]
-        first_keys = tl.load(key, mask=visible[None, :], other=0.0)
-        second_keys = tl.load(key + HALF, mask=visible[None, :], other=0.0)
-        value = v_pages + at[:, None] + channel[None, :]
-        value = tl.load(value, mask=visible[:, None], other=0.0)
-        scores = tl.dot(turned_first.to(first_keys.dtype), first_keys)
-        scores = tl.dot(turned_second.to(second_keys.dtype), second_keys, scores)
-        scores = tl.where(visible[None, :], scores, float("-inf"))
-        maximum, total, mixed = add_tile(scores, value, maximum, total, mixed)
+        key = k_pages + at[:, None] + pair[None, :]
+        value = v_pages + at[None, :] + channel[:, None]
+        if SCHEME == "16bit":
+            first_keys = tl.load(key, mask=visible[:, None], other=0.0)
+            second_keys = tl.load(key + HALF, mask=visible[:, None], other=0.0)
+            value = tl.load(value, mask=visible[None, :], other=0.0)
+        else:
+            words = tl.load(key, mask=visible[:, None], other=0)
+            first_keys, second_keys = unpack(words, SCHEME, IN_PAIRS)
+            words = tl.load(value, mask=visible[None, :], other=0)
+            value, second_value = unpack(words, SCHEME, IN_PAIRS)
+        scores = tl.dot(first_keys.to(DTYPE), turned_first.to(DTYPE))
+        scores = tl.dot(second_keys.to(DTYPE), turned_second.to(DTYPE), scores)
+        if SCHEME != "16bit":
+            scores += bias
+        scores = tl.where(visible[:, None], scores, float("-inf"))
+        highest = tl.maximum(maximum, tl.max(scores, axis=0))
+        weights = tl.exp2(scores - highest[None, :])
+        shrink = tl.exp2(maximum - highest)
+        maximum = highest
+        total = total * shrink + tl.sum(weights, axis=0)
+        weights = weights.to(DTYPE)
+        mixed = tl.dot(value.to(DTYPE), weights, mixed * shrink[None, :])
+        if SCHEME != "16bit":
+            mixed_second = tl.dot(second_value.to(DTYPE), weights, mixed_second * shrink[None, :])
 
-    head_row = (sequence * KEY_HEADS + head).to(tl.int64) * GROUP + row
+    head_row = (sequence * KEY_HEADS + head).to(tl.int64) * GROUP + query_head
     part = head_row * splits + split
     tl.store(softmax + 2 * part, maximum, mask=in_group)
     tl.store(softmax + 2 * part + 1, total, mask=in_group)
-    tl.store(values + part[:, None] * HEAD_DIM + channel[None, :], mixed, mask=in_group[:, None])
+    target = values + part[None, :] * HEAD_DIM + channel[:, None]
+    if SCHEME == "16bit":
+        tl.store(target, mixed, mask=in_group[None, :])
+    else:
+        scale = tl.load(value_scale + head)
+        tl.store(target, mixed * scale, mask=in_group[None, :])
+        tl.store(target + HALF, mixed_second * scale, mask=in_group[None, :])

@@ -1,19 +1,55 @@
-"""The pages of one layer, as kernels take them."""
+"""The pages of one layer, as kernels take them, and their codes.
+
+One-byte pages hold words of two codes, which the GPU moves and transposes like 16-bit numbers: the
+low byte is channel i of a row, the high byte channel i + D/2, its partner in RoPE.
+"""
 
 from dataclasses import dataclass
+from functools import cache
 
+import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from framesink.runtime.models.quantization import CacheScheme
+
+PLACE_BITS = tl.constexpr(21)
+_PLACE_MASK = tl.constexpr((1 << 21) - 1)
+# `cvt.rn.f16x2.e4m3x2` is there from here on.
+_FP8_CONVERSIONS = (8, 9)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PageCodes:
+    """What the codes of one-byte pages stand for.
+
+    Keys are code · `key_scale`, float32 `[Hkv, D/2]`, one for both channels of a rotary pair, so
+    that it holds under any rotation; values code · `value_scale`, float32 `[Hkv]`. Keys are without
+    `key_bias`, float32 `[Hkv, D]`, the bias of their projection, which is accounted for where they
+    are read. That takes the rows' `places` (t, h, w), `PLACE_BITS` bits each of an int64,
+    `[N · page]`, which are the same in every layer.
+    """
+
+    scheme: CacheScheme
+    key_scale: Tensor
+    value_scale: Tensor
+    key_bias: Tensor
+    places: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerPages:
-    """Keys and values of one layer, `[N, Hkv, page, D]` each, in the compute type.
+    """Keys, turned by their places, and values of one layer.
 
-    Keys are turned by their places, with the bias of their projection.
+    Without `codes` they are `[N, Hkv, page, D]` in the compute type, keys with the bias of their
+    projection. With `codes` they are words int16 `[N, Hkv, page, D/2]`, and the projection leaves
+    the keys' bias out.
     """
 
     keys: Tensor
     values: Tensor
+    codes: PageCodes | None = None
 
     @property
     def key_heads(self) -> int:
@@ -28,4 +64,120 @@ class LayerPages:
     @property
     def head_dim(self) -> int:
         """Channels of a head."""
-        return int(self.keys.shape[3])
+        return int(self.keys.shape[3]) * (1 if self.codes is None else 2)
+
+    @property
+    def scheme(self) -> CacheScheme:
+        """How rows are held."""
+        return CacheScheme.UNQUANTIZED if self.codes is None else self.codes.scheme
+
+
+@cache
+def converts_in_pairs(device: torch.device, scheme: CacheScheme) -> bool:
+    """Whether the GPU turns two codes at a time into float16."""
+    if device.type != "cuda":
+        return False
+    return scheme is CacheScheme.INT8 or (
+        torch.cuda.get_device_capability(device) >= _FP8_CONVERSIONS
+    )
+
+
+@triton.jit
+def row_offsets(slots, head, KEY_HEADS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr):
+    """Where the rows of `slots` begin in pages `[N, Hkv, page, WIDTH]`, int64."""
+    row = (slots // PAGE * KEY_HEADS + head) * PAGE + slots % PAGE
+    return row.to(tl.int64) * WIDTH
+
+
+@triton.jit
+def pack(first, second, SCHEME: tl.constexpr):
+    """Words of float32 values that were divided by their scales: to the nearest, ties to even,
+    saturating."""
+    return ((_code(second, SCHEME) << 8) | _code(first, SCHEME)).to(tl.int16)
+
+
+@triton.jit
+def _code(value, SCHEME: tl.constexpr):
+    """A code in the low byte of an int32."""
+    # Adding 1.5 · 2²³ leaves no bits for a fraction: the sum is rounded to a whole number.
+    ROUND: tl.constexpr = 12582912.0
+    if SCHEME == "int8":
+        # With 128 added, which is how `unpack` wants them.
+        code = (tl.clamp(value, -128.0, 127.0) + ROUND - ROUND).to(tl.int32) + 128
+    else:
+        magnitude = tl.minimum(tl.abs(value), 448.0)
+        bits = magnitude.to(tl.int32, bitcast=True)
+        # Three bits of mantissa, and an exponent that is less by 120; below 2⁻⁶ whole 2⁻⁹.
+        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+        small = (magnitude * 512.0 + ROUND - ROUND).to(tl.int32)
+        code = tl.where(magnitude < 0.015625, small, normal) | tl.where(value < 0.0, 0x80, 0)
+    return code
+
+
+@triton.jit
+def unpack(words, SCHEME: tl.constexpr, IN_PAIRS: tl.constexpr):
+    """The codes of words as numbers, float16, exactly: the low bytes', and the high bytes'."""
+    if IN_PAIRS:
+        # A register holds two words; each instruction makes two numbers.
+        if SCHEME == "fp8":
+            first, second = tl.inline_asm_elementwise(
+                """{
+                .reg .b16 low, high;
+                .reg .b32 t;
+                prmt.b32 t, $2, 0, 0x4420;
+                cvt.u16.u32 low, t;
+                cvt.rn.f16x2.e4m3x2 $0, low;
+                prmt.b32 t, $2, 0, 0x4431;
+                cvt.u16.u32 high, t;
+                cvt.rn.f16x2.e4m3x2 $1, high;
+                }""",
+                "=r,=r,r",
+                [words],
+                dtype=(tl.float16, tl.float16),
+                is_pure=True,
+                pack=2,
+            )
+        else:
+            # 0x64cc is 1024 + cc in float16; what is added is -1152.
+            first, second = tl.inline_asm_elementwise(
+                """{
+                .reg .b32 low, high, offset;
+                mov.b32 offset, 0xe480e480;
+                prmt.b32 low, $2, 0x64646464, 0x4240;
+                prmt.b32 high, $2, 0x64646464, 0x4341;
+                add.rn.f16x2 $0, low, offset;
+                add.rn.f16x2 $1, high, offset;
+                }""",
+                "=r,=r,r",
+                [words],
+                dtype=(tl.float16, tl.float16),
+                is_pure=True,
+                pack=2,
+            )
+    else:
+        wide = words.to(tl.int32)
+        first = _number(wide & 0xFF, SCHEME)
+        second = _number((wide >> 8) & 0xFF, SCHEME)
+    return first, second
+
+
+@triton.jit
+def _number(code, SCHEME: tl.constexpr):
+    if SCHEME == "fp8":
+        # As float16 the same bits have an exponent that is less by 8.
+        bits = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
+        number = bits.to(tl.int16).to(tl.float16, bitcast=True) * 256.0
+    else:
+        number = (code - 128).to(tl.float16)
+    return number.to(tl.float16)
+
+
+@triton.jit
+def positions_of(places, base):
+    """Positions t, h, w, int32, of rows with `places` and of `base`; 0 where they would be less,
+    which no row's are."""
+    later = places >> PLACE_BITS
+    t = (places & _PLACE_MASK).to(tl.int32) + base
+    h = (later & _PLACE_MASK).to(tl.int32) + base
+    w = (later >> PLACE_BITS).to(tl.int32) + base
+    return tl.maximum(t, 0), tl.maximum(h, 0), tl.maximum(w, 0)
