@@ -23,12 +23,13 @@ class BuildOptions:
     """One build.
 
     `precision` is that of the language model (None: fp16, or what a quantized checkpoint has),
-    `vision_precision` that of the vision encoder (None: as `precision`), `kv_precision` that of the
-    K/V pages. `recipe` is a file that says more exactly what is quantized; `observer` how ranges
-    of activations are chosen. `gate` is what the bundle must reach (None: what every quantized
-    bundle must) against `gate_checkpoint` (None: `checkpoint`); without `judge` nothing is
-    measured. `compare` measures every other precision too, and puts a table into the bundle.
-    `with_checkpoint` puts a checkpoint into it that TensorRT-LLM reads.
+    `head_precision` that of its projection to the vocabulary (None: fp16, or what a quantized
+    checkpoint has), `vision_precision` that of the vision encoder (None: as `precision`),
+    `kv_precision` that of the K/V pages. `recipe` is a file that says more exactly what is
+    quantized; `observer` how ranges of activations are chosen. `gate` is what the bundle must
+    reach (None: what every quantized bundle must) against `gate_checkpoint` (None: `checkpoint`);
+    without `judge` nothing is measured. `compare` measures every other precision too, and puts a
+    table into the bundle. `with_checkpoint` puts a checkpoint into it that TensorRT-LLM reads.
 
     `calibration_videos` are files or folders (empty: those in the checkpoint's own folder
     `calibration`, or else a generated scene), of which `calibration_chunks` are streamed; `device`
@@ -41,6 +42,7 @@ class BuildOptions:
     checkpoint: Path
     output: Path
     precision: LinearPrecision | None = None
+    head_precision: LinearPrecision | None = None
     vision_precision: LinearPrecision | None = None
     kv_precision: CachePrecision | None = None
     recipe: Path | None = None
@@ -66,5 +68,5 @@ class BuildOptions:
     @property
     def quantizes(self) -> bool:
         """Whether a 16-bit checkpoint has to be quantized for this build."""
-        asked = (self.precision, self.vision_precision, self.kv_precision)
+        asked = (self.precision, self.head_precision, self.vision_precision, self.kv_precision)
         return self.recipe is not None or any(value not in (None, "fp16") for value in asked)

@@ -13,6 +13,7 @@ from framesink.runtime.models.quantization import (
     Quantization,
     quantizable_linears,
 )
+from framesink.runtime.models.weights import LM_HEAD
 
 _LINEAR_PRECISIONS: Mapping[LinearScheme, Precision] = {
     LinearScheme.FP8: "fp8",
@@ -20,6 +21,7 @@ _LINEAR_PRECISIONS: Mapping[LinearScheme, Precision] = {
     LinearScheme.INT8_WEIGHT_ONLY: "int8-weight-only",
     LinearScheme.INT4_WEIGHT_ONLY: "int4-weight-only",
 }
+_HEAD = LM_HEAD.removesuffix(".weight")
 _UNQUANTIZED: Mapping[ComputeType, Precision] = {"float16": "fp16", "bfloat16": "bf16"}
 _UNQUANTIZED_CACHE: Mapping[ComputeType, CachePrecision] = {"float16": "fp16", "bfloat16": "bf16"}
 
@@ -80,11 +82,13 @@ def check_agreement(options: BuildOptions, config: ModelConfig, found: Quantizat
     directory = options.checkpoint
     has: dict[str, str] = {
         "--precision": part_precision(config, found, "language_model", "float16"),
+        "--head-precision": _LINEAR_PRECISIONS.get(found.scheme(_HEAD), "fp16"),
         "--vision-precision": part_precision(config, found, "vision_encoder", "float16"),
         "--kv-precision": cache_precision(found, "float16"),
     }
     asked = {
         "--precision": options.precision,
+        "--head-precision": options.head_precision,
         "--vision-precision": options.vision_precision,
         "--kv-precision": options.kv_precision,
     }

@@ -85,11 +85,13 @@ def _choose_recipe(options: BuildOptions) -> Recipe:
         language = options.precision or "fp16"
         return Recipe(
             language_model=language,
+            head=options.head_precision or "fp16",
             vision_encoder=options.vision_precision or language,
             kv_cache=options.kv_precision or "fp16",
         )
     for option, value in (
         ("--precision", options.precision),
+        ("--head-precision", options.head_precision),
         ("--vision-precision", options.vision_precision),
         ("--kv-precision", options.kv_precision),
     ):

@@ -1,6 +1,7 @@
 """A recipe: the small readable file that says what of a checkpoint is quantized, and how.
 
 language_model = "int8"
+head = "int8"
 vision_encoder = "fp8"
 kv_cache = "int8"
 smoothquant_alpha = "search"
@@ -48,14 +49,17 @@ CACHE_SCHEMES: Mapping[CachePrecision, CacheScheme] = {
     "fp8": CacheScheme.FP8,
 }
 _MAX_BYTES = 1_000_000
+_HEAD = LM_HEAD.removesuffix(".weight")
+_SETTINGS = ("language_model", "head", "vision_encoder", "kv_cache", "smoothquant_alpha")
 
 
 class Recipe(BaseModel):
     """A precision per part, and overrides for linear layers.
 
     `overrides` goes by canonical names without `.weight`, in which `*`, `?` and `[…]` match as in
-    file names; of several that match a layer the last one counts. lm_head and the vision merger
-    are quantized only where an override says so. `smoothquant_alpha` moves the difficulty of INT8
+    file names; of several that match a layer the last one counts. `head` is the projection to the
+    vocabulary, lm_head; the vision merger is quantized only where an override says so.
+    `smoothquant_alpha` moves the difficulty of INT8
     W8A8 from the inputs (0: none of it) to the weights (1: all); "search" picks it per block. On
     held-out video the demo model's KL against 16-bit is 3.6e-6 nats with "search", 2.9e-6 with the
     best single α (0.2), 2.4e-5 with 0.5, and about 5e-2 with 1.0, which is ModelOpt's default and
@@ -65,6 +69,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     language_model: LinearPrecision = "fp16"
+    head: LinearPrecision = "fp16"
     vision_encoder: LinearPrecision = "fp16"
     kv_cache: CachePrecision = "fp16"
     smoothquant_alpha: Alpha = "search"
@@ -73,9 +78,15 @@ class Recipe(BaseModel):
     def precisions(self, config: ModelConfig) -> dict[str, LinearPrecision]:
         """What the recipe asks for each linear layer of a model.
 
-        Raises OptionError for an override that matches none.
+        Raises OptionError for an override that matches none, and for a head that is to be
+        quantized and cannot be.
         """
         linears = quantizable_linears(config)
+        if self.head != "fp16" and _HEAD not in linears:
+            raise OptionError(
+                f"The head of this model is its embedding's table, which stays in 16 bits, so it "
+                f"cannot be {self.head}; leave out --head-precision, or head in the recipe."
+            )
         asked = {name: self._default(name) for name in linears}
         for pattern, precision in self.overrides.items():
             matching = [name for name in linears if fnmatchcase(name, pattern)]
@@ -92,7 +103,7 @@ class Recipe(BaseModel):
         """The scheme of each layer of a model.
 
         INT4 becomes INT8 weight-only where a layer's inputs are no whole number of groups. Raises
-        OptionError for an override that matches no layer.
+        OptionError as `precisions` does.
         """
         linears = quantizable_linears(config)
         schemes = {}
@@ -106,10 +117,7 @@ class Recipe(BaseModel):
 
     def write(self, path: Path) -> None:
         """Write the recipe as TOML. Raises OutputError if the file cannot be written."""
-        lines = [
-            f"{name} = {json.dumps(getattr(self, name))}"
-            for name in ("language_model", "vision_encoder", "kv_cache", "smoothquant_alpha")
-        ]
+        lines = [f"{name} = {json.dumps(getattr(self, name))}" for name in _SETTINGS]
         if self.overrides:
             lines += ["", "[overrides]"]
             # A JSON string of printable characters is a TOML string.
@@ -140,6 +148,8 @@ class Recipe(BaseModel):
             raise OptionError(f"The recipe {path} is not valid TOML: {error}.") from error
 
     def _default(self, linear: str) -> LinearPrecision:
-        if linear == LM_HEAD.removesuffix(".weight") or linear.startswith(f"{MERGER}."):
+        if linear == _HEAD:
+            return self.head
+        if linear.startswith(f"{MERGER}."):
             return "fp16"
         return self.vision_encoder if linear.startswith("visual.") else self.language_model

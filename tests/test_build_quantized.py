@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from reference.dense_policies import DenseSinkWindow
+from reference.executor_sessions import engine_of, words
 from reference.quantized_checkpoint import write_quantized_checkpoint
+from reference.scenario import NUM_PAGES, Scenario
 from rich.console import Console
 
 from framesink.build.estimate import compiled_bytes, graph_weights
@@ -28,6 +31,7 @@ from framesink.runtime.errors import (
     VerificationError,
     VideoError,
 )
+from framesink.runtime.executors import create_executor
 from framesink.runtime.models.checkpoint import Checkpoint
 from framesink.runtime.models.quantization import CacheScheme, LinearScheme
 from framesink.runtime.models.safetensors import read_header, read_tensor
@@ -113,6 +117,28 @@ def test_every_precision_is_built_and_judged(
     assert ("calibrate" in stages) == (precision not in ("int8-weight-only", "int4-weight-only"))
 
 
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_the_head_in_one_byte(tiny_checkpoint: Path, tmp_path: Path, precision: str) -> None:
+    """Two executors read it, and choose the same tokens by it."""
+    pytest.importorskip("torch", reason="the cuda executor runs in torch")
+    from reference.cpu_executor import cpu_executor
+
+    _build(tiny_checkpoint, tmp_path / "bundle", head_precision=precision, gate=ANYTHING)
+    bundle = Bundle.open(tmp_path / "bundle")
+    codes = {"fp8": "float8_e4m3fn", "int8": "int8"}[precision]
+    tensors = read_header(bundle.path("weights.safetensors"))
+    assert tensors["lm_head.weight"].dtype == codes
+    assert tensors["model.layers.0.mlp.down_proj.weight"].dtype == "float16"
+    assert bundle.manifest.language_model.linears[LinearScheme(precision)] == 1
+    graph, _ = create_executor(bundle, "onnxruntime", num_pages=NUM_PAGES, threads=1)
+    scenario = Scenario(DenseSinkWindow(3, 3, 4, 9))
+    said = []
+    for executor in (graph, cpu_executor(bundle)):
+        with engine_of(bundle, executor) as engine:
+            said.append(words(engine, scenario, 8))
+    assert said[0] == said[1]
+
+
 def test_a_quantized_checkpoint_is_used_as_it_is(quantized: Path, tmp_path: Path) -> None:
     _build(quantized, tmp_path / "bundle", precision="fp8", kv_precision="int8")
     bundle = Bundle.open(tmp_path / "bundle")
@@ -136,6 +162,7 @@ def test_a_quantized_checkpoint_is_used_as_it_is(quantized: Path, tmp_path: Path
     [
         ({"precision": "int8"}, "--precision int8 contradicts"),
         ({"precision": "fp16"}, "holds fp8 there"),
+        ({"head_precision": "fp8"}, "--head-precision fp8 contradicts"),
         ({"vision_precision": "fp16"}, "--vision-precision fp16 contradicts"),
         ({"kv_precision": "fp8"}, "--kv-precision fp8 contradicts"),
         ({"recipe": Path("recipe.toml")}, "--recipe has no effect"),

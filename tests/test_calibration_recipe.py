@@ -1,5 +1,6 @@
 """Recipes: written, read, and resolved to the layers of a model."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ def config(tiny_checkpoint: Path) -> ModelConfig:
     recipe=st.builds(
         Recipe,
         language_model=precisions,
+        head=precisions,
         vision_encoder=precisions,
         kv_cache=st.sampled_from(list(CACHE_SCHEMES)),
         smoothquant_alpha=st.floats(0, 1) | st.just("search"),
@@ -53,6 +55,16 @@ def test_defaults_per_part_leave_head_and_merger_alone(config: ModelConfig) -> N
         assert scheme is (LinearScheme.FP8 if visual else LinearScheme.INT8)
     # 7 linear layers per decoder layer, 5 per vision block.
     assert len(quantization.linears) == 7 * config.text.num_hidden_layers + 5 * config.vision.depth
+
+
+def test_the_head_is_asked_for_by_itself(config: ModelConfig) -> None:
+    quantization = Recipe(language_model="fp16", head="int8").resolve(config)
+    check_quantization(config, quantization)
+    assert quantization.linears == {"lm_head": LinearScheme.INT8}
+    tied = replace(config, text=replace(config.text, tie_word_embeddings=True))
+    assert Recipe(language_model="int8").resolve(tied).linears
+    with pytest.raises(OptionError, match="cannot be int8; leave out --head-precision"):
+        Recipe(head="int8").resolve(tied)
 
 
 def test_the_last_override_that_matches_counts(config: ModelConfig) -> None:

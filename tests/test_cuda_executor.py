@@ -32,8 +32,8 @@ from framesink.runtime.preprocess import patchify
 torch = pytest.importorskip("torch", reason="the executor runs in torch")
 
 # First of all: it says how kernels are run here.
-from reference import triton_device  # noqa: E402, F401, I001
-from reference import plain_kernels  # noqa: E402
+from reference import triton_device  # noqa: E402, F401
+from reference.cpu_executor import cpu_executor  # noqa: E402
 
 from framesink.runtime.executors.cuda.executor import CudaExecutor  # noqa: E402
 from framesink.runtime.executors.cuda.weight_source import BundleWeights  # noqa: E402
@@ -46,22 +46,6 @@ EVICTING = Scenario(
     frame_counts={0: 2, 29: 4},
     max_new_tokens=5,
 )
-
-
-def cpu_executor(bundle: Bundle, **options: object) -> CudaExecutor:
-    """In float32, so that only the order of sums differs from the graphs."""
-    manifest = bundle.manifest
-    given = {
-        "num_pages": NUM_PAGES,
-        "page_size": manifest.page_size,
-        "dtype": torch.float32,
-        "vision_dtype": torch.float32,
-        "device": torch.device("cpu"),
-        "operations": plain_kernels,
-        **options,
-    }
-    weights = BundleWeights(bundle, torch.device("cpu"))
-    return CudaExecutor(manifest.model, manifest.preprocess, weights, manifest.limits, **given)
 
 
 def test_forty_chunks_with_evictions(tiny_bundle: Path) -> None:

@@ -21,13 +21,13 @@ torch = pytest.importorskip("torch", reason="the executor runs in torch")
 # First of all: it says how kernels are run here.
 from reference.triton_device import DEVICE, HAS_GPU  # noqa: E402, I001
 from reference import plain_kernels  # noqa: E402
+from reference.cpu_executor import cpu_executor  # noqa: E402
 
 from framesink.runtime.executors.cuda import kernel_operations  # noqa: E402
 from framesink.runtime.executors.cuda.executor import CudaExecutor  # noqa: E402
 from framesink.runtime.executors.cuda.kernels.step_tokens import NOT_FINITE  # noqa: E402
 from framesink.runtime.executors.cuda.staging import Staging  # noqa: E402
 from framesink.runtime.executors.cuda.token_choice import TokenChooser  # noqa: E402
-from framesink.runtime.executors.cuda.weight_source import BundleWeights  # noqa: E402
 
 VOCABULARY = 600
 SUPPRESSED = frozenset({3, 4, 77})
@@ -213,20 +213,8 @@ class WithoutLogits(CudaExecutor):
 def test_sessions_sample_what_they_sample_on_the_host(tiny_bundle: Path) -> None:
     """Greedy, sampling and penalised sessions together, with evictions."""
     bundle = Bundle.open(tiny_bundle, check="sizes")
-    manifest = bundle.manifest
     graph, _ = create_executor(bundle, "onnxruntime", num_pages=NUM_PAGES, threads=1)
-    ours = WithoutLogits(
-        manifest.model,
-        manifest.preprocess,
-        BundleWeights(bundle, torch.device("cpu")),
-        manifest.limits,
-        num_pages=NUM_PAGES,
-        page_size=manifest.page_size,
-        dtype=torch.float32,
-        vision_dtype=torch.float32,
-        device=torch.device("cpu"),
-        operations=plain_kernels,
-    )
+    ours = cpu_executor(bundle, WithoutLogits)
     options = [
         SamplingParams(),
         SamplingParams(temperature=1.1, seed=1),

@@ -25,6 +25,11 @@ PRECISION = click.Choice(["fp16", "fp8", "int8", "int8-weight-only", "int4-weigh
     type=PRECISION,
     help="Of the language model's linear layers.  [default: fp16, or what MODEL_DIR has]",
 )
+@click.option(
+    "--head-precision",
+    type=PRECISION,
+    help="Of the projection to the vocabulary.  [default: fp16, or what MODEL_DIR has]",
+)
 @click.option("--vision-precision", type=PRECISION, help="Of the vision encoder, if it differs.")
 @click.option(
     "--kv-precision",

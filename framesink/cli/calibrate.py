@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     "quantized; in MODEL_DIR itself build-engines finds the latter.",
 )
 @click.option("--precision", type=PRECISION, help="Of the language model.  [default: fp16]")
+@click.option(
+    "--head-precision",
+    type=PRECISION,
+    help="Of the projection to the vocabulary.  [default: fp16]",
+)
 @click.option("--vision-precision", type=PRECISION, help="Of the vision encoder, if it differs.")
 @click.option(
     "--kv-precision",
@@ -94,6 +99,7 @@ def calibrate(
     model_dir: Path,
     output: Path,
     precision: "LinearPrecision | None",
+    head_precision: "LinearPrecision | None",
     vision_precision: "LinearPrecision | None",
     kv_precision: "CachePrecision | None",
     recipe: Path | None,
@@ -113,6 +119,7 @@ def calibrate(
         checkpoint=model_dir,
         output=output,
         precision=precision,
+        head_precision=head_precision,
         vision_precision=vision_precision,
         kv_precision=kv_precision,
         recipe=recipe,

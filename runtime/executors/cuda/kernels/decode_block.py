@@ -129,7 +129,15 @@ class DecodeBlock:
         }
         self._kernel = Kernel(_SOURCE, "decode_block", definitions, shape.shared_bytes, device)
 
-    def run(self, block: Block, mixed: Tensor, hidden: Tensor, qkv: Tensor | None, ahead=None, ahead_groups=0) -> None:
+    def run(
+        self,
+        block: Block,
+        mixed: Tensor,
+        hidden: Tensor,
+        qkv: Tensor | None,
+        ahead=None,
+        ahead_groups=0,
+    ) -> None:
         """Everything between two attentions, for the shape's number of tokens.
 
         `mixed` `[tokens, H·D]`: codes of what the attention made. `hidden` `[tokens, hidden]` of
