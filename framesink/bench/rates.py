@@ -78,7 +78,8 @@ def _read_bandwidth() -> float:
     values = torch.empty((_READ_BYTES // 2 // _LARGE, _LARGE), dtype=ACTIVATIONS, device="cuda")
     values.normal_()
     vector = random_values(1, _LARGE, "bf16")[0]
-    calls: list[Callable[[], object]] = [lambda: values.sum(), lambda: torch.mv(values, vector)]
+    wide = values.view(torch.float32)
+    calls: list[Callable[[], object]] = [lambda: wide.sum(), lambda: torch.mv(values, vector)]
     return _READ_BYTES / min(time_calls([call]) for call in calls)
 
 

@@ -52,7 +52,8 @@ class RooflineReport:
 
 
 def roofline_table(report: RooflineReport) -> Table:
-    """Every product and every step against its floor."""
+    """Every product against its floor, and all linear layers of a step; behind a step's floor is
+    that of its attention."""
     rates = ", ".join(f"{rate / 1e12:,.0f} {name}" for name, rate in report.operations.items())
     title = (
         f"{report.workload}, {report.precision}: {report.bandwidth / 1e12:.2f} TB/s, "
@@ -60,7 +61,7 @@ def roofline_table(report: RooflineReport) -> Table:
     )
     table = Table(title=title, title_justify="left", min_width=len(title) + 2)
     table.add_column("")
-    for name in ("rows", "measured", "floor", "of the floor"):
+    for name in ("rows", "measured", "floor", "ratio"):
         table.add_column(name, justify="right")
     for product in report.products:
         table.add_row(
@@ -72,12 +73,12 @@ def roofline_table(report: RooflineReport) -> Table:
         )
     table.add_section()
     for step in report.steps:
-        after = f", {step.sequences} × {report.context:,} tokens of context"
+        after = f", {step.sequences} × {report.context:,} tokens"
         table.add_row(
-            step.kind + (after if step.sequences else ""),
+            f"linear of {step.kind}{after if step.sequences else ''}",
             f"{step.rows:,}",
-            f"{step.measured * 1e3:.2f} ms linear",
-            f"{step.linear * 1e3:.2f} + {step.attention * 1e3:.2f} ms",
+            f"{step.measured * 1e3:.2f} ms",
+            f"{step.linear * 1e3:.2f} ms + {step.attention * 1e3:.2f}",
             f"{step.measured / step.linear:.2f}×",
         )
     table.add_section()
