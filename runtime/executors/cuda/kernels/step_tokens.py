@@ -203,18 +203,12 @@ def _choose_likeliest(
         tl.store(arrivals + sequence, 0)
         part = tl.arange(0, SPLITS)
         known = part < splits
-        value = tl.load(
-            values + sequence * splits + part,
-            mask=known,
-            other=float("-inf"),
-            cache_modifier=".cg",
-        )
-        place = tl.load(
-            places + sequence * splits + part, mask=known, other=NOWHERE, cache_modifier=".cg"
-        )
-        best = tl.max(value, axis=0)
-        token = tl.min(tl.where(value == best, place, NOWHERE), axis=0)
-        finite = (best > float("-inf")) & (best < float("inf"))
+        at = sequence * splits + part
+        found = tl.load(values + at, mask=known, other=float("-inf"), cache_modifier=".cg")
+        tokens_found = tl.load(places + at, mask=known, other=NOWHERE, cache_modifier=".cg")
+        largest = tl.max(found, axis=0)
+        token = tl.min(tl.where(found == largest, tokens_found, NOWHERE), axis=0)
+        finite = (largest > float("-inf")) & (largest < float("inf"))
         token = tl.where(finite, token, NOT_FINITE)
         tl.store(tokens + sequence, token)
         tl.store(last_tokens + tl.load(rows + sequence), token)
