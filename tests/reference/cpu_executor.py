@@ -20,6 +20,8 @@ def cpu_executor(
     """In float32, so that only the order of sums differs from the graphs."""
     manifest = bundle.manifest
     given = {
+        "weights": BundleWeights(bundle, torch.device("cpu")),
+        "limits": manifest.limits,
         "num_pages": NUM_PAGES,
         "page_size": manifest.page_size,
         "dtype": torch.float32,
@@ -28,5 +30,4 @@ def cpu_executor(
         "operations": plain_kernels,
         **options,
     }
-    weights = BundleWeights(bundle, torch.device("cpu"))
-    return kind(manifest.model, manifest.preprocess, weights, manifest.limits, **given)  # type: ignore[arg-type]
+    return kind(manifest.model, manifest.preprocess, **given)  # type: ignore[arg-type]

@@ -65,6 +65,10 @@ def rotate_and_append(
     turned = _rotate(keys, places, rotary)
     write_rows(pages, slots[kept], turned[kept], values[kept], places[:, kept])
     if pages.codes is not None:
+        # New tokens see each other as all later ones will see them.
+        coded, coded_values = read_rows(pages, slots[kept])
+        keys[kept] = _rotate(coded, places[:, kept], rotary, back=True).to(keys.dtype)
+        values[kept] = coded_values.to(values.dtype)
         keys += pages.codes.key_bias
     turned = heads[:, :-key_heads]
     turned.copy_(_rotate(turned, positions, rotary))

@@ -42,13 +42,14 @@ def write_quantized_checkpoint(
     *,
     int4_group: int = TINY_INT4_GROUP,
     scalar_weight_scales: bool = False,
+    least_range: float = 1.0,
     seed: int = 0,
 ) -> Quantization:
     """Quantize every layer of a checkpoint but the head and the merger.
 
     Weight scales are absolute maxima, per channel or (FP8) per tensor; scales of inputs, K and V
-    are drawn at random, so that some values saturate. In every second INT8 layer the inputs are
-    first multiplied by random factors.
+    are drawn at random, so that some values saturate, K and V never within `least_range`. In every
+    second INT8 layer the inputs are first multiplied by random factors.
     """
     random = np.random.default_rng(seed)
     plain = Checkpoint.open(source)
@@ -88,8 +89,8 @@ def write_quantized_checkpoint(
         heads, largest = text.num_key_value_heads, 127 if cache is CacheScheme.INT8 else 448
         for index in range(text.num_hidden_layers):
             attention = f"model.layers.{index}.self_attn"
-            k_ends = random.uniform(1, 6, heads * text.head_dim)
-            v_ends = random.uniform(1, 4, heads)
+            k_ends = random.uniform(least_range, least_range + 5, heads * text.head_dim)
+            v_ends = random.uniform(least_range, least_range + 3, heads)
             scales = {"k_proj.k_channel_scale": k_ends, "v_proj.v_head_scale": v_ends}
             for name, ends in scales.items():
                 tensors[f"{attention}.{name}"] = (ends / largest).astype(np.float32)

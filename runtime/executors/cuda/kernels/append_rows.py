@@ -8,10 +8,12 @@ from framesink.runtime.executors.cuda.kernels.overlap import await_inputs, overl
 from framesink.runtime.executors.cuda.kernels.pages import (
     PLACE_BITS,
     LayerPages,
+    code_of,
+    number_of,
     pack,
     row_offsets,
 )
-from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
+from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable, turn
 
 
 def rotate_and_append(
@@ -24,10 +26,13 @@ def rotate_and_append(
 ) -> None:
     """Rotate queries and keys in place, and write keys and values into the pages of one layer.
 
-    `qkv` `[M, (H + 2·Hkv)·D]` are the projections with their biases, but for the keys' where pages
-    hold codes: then it is added here. Queries and keys are turned by `positions` int32 `[3, M]`.
-    The pages take keys turned by their place alone, positions - `bases` int32 `[M]`, and values, at
-    `slots` int32 `[M]`; a token of slot -1 has no row to write. Rotations are computed in float32.
+    `qkv` `[M, (H + 2·Hkv)·D]` are the projections with their biases. Queries and keys are turned by
+    `positions` int32 `[3, M]`. The pages take keys turned by their place alone, positions - `bases`
+    int32 `[M]`, and values, at `slots` int32 `[M]`; a token of slot -1 has no row to write.
+    Rotations are computed in float32.
+
+    Where pages hold codes, keys come without their bias, which is added, and keys and values in
+    `qkv` become what their codes stand for.
     """
     key_heads, head_dim, codes = pages.key_heads, pages.head_dim, pages.codes
     heads = qkv.shape[1] // head_dim - 2 * key_heads
@@ -110,39 +115,48 @@ def _rotate_and_append(
     first = tl.load(key).to(tl.float32)
     second = tl.load(key + HALF).to(tl.float32)
     slot = tl.load(slots + token)
-    if slot >= 0:
-        base = tl.load(bases + token)
-        place = position - base
-        place_cos = tl.load(cosines + place * HALF + pair)
-        place_sin = tl.load(sines + place * HALF + pair)
-        turned_first = first * place_cos - second * place_sin
-        turned_second = second * place_cos + first * place_sin
-        if SCHEME == "16bit":
-            at = row_offsets(slot, head, KEY_HEADS, HEAD_DIM, PAGE) + pair
-            tl.store(k_pages + at, turned_first)
-            tl.store(k_pages + at + HALF, turned_second)
-            tl.store(v_pages + at, tl.load(value))
-            tl.store(v_pages + at + HALF, tl.load(value + HALF))
-        else:
-            at = row_offsets(slot, head, KEY_HEADS, HALF, PAGE) + pair
-            scale = tl.load(key_scale + head * HALF + pair)
-            tl.store(k_pages + at, pack(turned_first / scale, turned_second / scale, SCHEME))
-            scale = tl.load(value_scale + head)
-            first_value = tl.load(value).to(tl.float32) / scale
-            second_value = tl.load(value + HALF).to(tl.float32) / scale
-            tl.store(v_pages + at, pack(first_value, second_value, SCHEME))
-            if head == 0:
-                packed = _place(positions, base, 2, token, positions_stride) << PLACE_BITS
-                packed |= _place(positions, base, 1, token, positions_stride)
-                packed = packed << PLACE_BITS
-                packed |= _place(positions, base, 0, token, positions_stride)
-                tl.store(places + slot, packed)
-    if SCHEME != "16bit":
+    base = tl.load(bases + token)
+    place = position - base
+    written = slot >= 0
+    place_cos = tl.load(cosines + place * HALF + pair)
+    place_sin = tl.load(sines + place * HALF + pair)
+    stored_first = first * place_cos - second * place_sin
+    stored_second = second * place_cos + first * place_sin
+    if SCHEME == "16bit":
+        at = row_offsets(slot, head, KEY_HEADS, HEAD_DIM, PAGE) + pair
+        tl.store(k_pages + at, stored_first, mask=written)
+        tl.store(k_pages + at + HALF, stored_second, mask=written)
+        tl.store(v_pages + at, tl.load(value), mask=written)
+        tl.store(v_pages + at + HALF, tl.load(value + HALF), mask=written)
+        tl.store(key, first * cos - second * sin)
+        tl.store(key + HALF, second * cos + first * sin)
+    else:
+        at = row_offsets(slot, head, KEY_HEADS, HALF, PAGE) + pair
+        scale = tl.load(key_scale + head * HALF + pair)
+        first_code = code_of(stored_first / scale, SCHEME)
+        second_code = code_of(stored_second / scale, SCHEME)
+        tl.store(k_pages + at, pack(first_code, second_code), mask=written)
+        # New tokens see each other as all later ones will see them.
+        first = number_of(first_code, SCHEME).to(tl.float32) * scale
+        second = number_of(second_code, SCHEME).to(tl.float32) * scale
+        first, second = turn(first, second, cosines, sines, base, pair, HALF)
         bias = key_bias + head * HEAD_DIM + pair
-        first += tl.load(bias)
-        second += tl.load(bias + HALF)
-    tl.store(key, first * cos - second * sin)
-    tl.store(key + HALF, second * cos + first * sin)
+        first_bias = tl.load(bias)
+        second_bias = tl.load(bias + HALF)
+        tl.store(key, first + first_bias * cos - second_bias * sin)
+        tl.store(key + HALF, second + second_bias * cos + first_bias * sin)
+
+        scale = tl.load(value_scale + head)
+        first_code = code_of(tl.load(value).to(tl.float32) / scale, SCHEME)
+        second_code = code_of(tl.load(value + HALF).to(tl.float32) / scale, SCHEME)
+        tl.store(v_pages + at, pack(first_code, second_code), mask=written)
+        tl.store(value, number_of(first_code, SCHEME).to(tl.float32) * scale)
+        tl.store(value + HALF, number_of(second_code, SCHEME).to(tl.float32) * scale)
+        packed = _place(positions, base, 2, token, positions_stride) << PLACE_BITS
+        packed |= _place(positions, base, 1, token, positions_stride)
+        packed = packed << PLACE_BITS
+        packed |= _place(positions, base, 0, token, positions_stride)
+        tl.store(places + slot, packed, mask=written & (head == 0))
 
 
 @triton.jit

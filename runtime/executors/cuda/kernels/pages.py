@@ -90,15 +90,15 @@ def row_offsets(slots, head, KEY_HEADS: tl.constexpr, WIDTH: tl.constexpr, PAGE:
 
 
 @triton.jit
-def pack(first, second, SCHEME: tl.constexpr):
-    """Words of float32 values that were divided by their scales: to the nearest, ties to even,
-    saturating."""
-    return ((_code(second, SCHEME) << 8) | _code(first, SCHEME)).to(tl.int16)
+def pack(first_code, second_code):
+    """Words of codes."""
+    return ((second_code << 8) | first_code).to(tl.int16)
 
 
 @triton.jit
-def _code(value, SCHEME: tl.constexpr):
-    """A code in the low byte of an int32."""
+def code_of(value, SCHEME: tl.constexpr):
+    """Codes, each in the low byte of an int32, of float32 values that were divided by their scales:
+    to the nearest, ties to even, saturating."""
     # Adding 1.5 · 2²³ leaves no bits for a fraction: the sum is rounded to a whole number.
     ROUND: tl.constexpr = 12582912.0
     if SCHEME == "int8":
@@ -156,13 +156,14 @@ def unpack(words, SCHEME: tl.constexpr, IN_PAIRS: tl.constexpr):
             )
     else:
         wide = words.to(tl.int32)
-        first = _number(wide & 0xFF, SCHEME)
-        second = _number((wide >> 8) & 0xFF, SCHEME)
+        first = number_of(wide & 0xFF, SCHEME)
+        second = number_of((wide >> 8) & 0xFF, SCHEME)
     return first, second
 
 
 @triton.jit
-def _number(code, SCHEME: tl.constexpr):
+def number_of(code, SCHEME: tl.constexpr):
+    """The number a code is, float16, exactly."""
     if SCHEME == "fp8":
         # As float16 the same bits have an exponent that is less by 8.
         bits = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
