@@ -12,7 +12,7 @@ DTYPES = (torch.bfloat16, torch.float16) if HAS_GPU else (torch.float32,)
 # The matrix units of Hopper add FP8 products with fewer than float32's bits: 3e-3 at 18,944 inputs.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 5e-3}
 # Rows, channels, depth: one row; a few; a prefill; none of them a multiple of a tile.
-SHAPES = [(1, 192, 256), (3, 130, 208)]
+SHAPES = [(1, 192, 256), (3, 130, 208), (70, 130, 208)]
 if HAS_GPU:
     SHAPES += [
         (1, 4608, 3584),
@@ -20,6 +20,8 @@ if HAS_GPU:
         (40, 37888, 3584),
         (64, 512, 256),
         (65, 1000, 3424),
+        (200, 3584, 18944),
+        (384, 4608, 3584),
         (748, 3584, 18944),  # the library's product, scaled afterwards
         (748, 4608, 3584),
         (2880, 1280, 3424),

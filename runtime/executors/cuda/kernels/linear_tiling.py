@@ -25,10 +25,16 @@ FEW_ROWS = 64
 LEAST_CHANNELS = 64
 # In how many tiles of rows a sum can be made that is split.
 MOST_ROW_TILES = 8
-# Programs per multiprocessor that sums are split for, with up to 32 rows (else 1), and the fewest
-# inputs of a part.
+# Programs per multiprocessor that sums of few rows are split for, with up to 32 rows (else 1), and
+# the fewest inputs of a part.
 _PROGRAMS = 1.7
 _LEAST_DEPTH = 1024
+# Tiles of more rows: small ones, of which as many run at once on a multiprocessor, where there are
+# no more of them than that; else large ones, whose operands are read less often.
+_SMALL = Tiling(channels=64, rows=128, depth=128)
+_SMALL_TOGETHER = 2
+_LARGE = Tiling(channels=128, rows=128, depth=128, warps=8, stages=3)
+_LARGE_FP8 = replace(_LARGE, rows=256)
 
 
 def choose_tiling(
@@ -37,13 +43,7 @@ def choose_tiling(
     """The tiling for `rows` tokens through a layer of `channels` outputs and `depth` inputs."""
     processors, shared_memory = _limits(device)
     if rows > FEW_ROWS:
-        tiling = Tiling(
-            channels=128,
-            rows=128 if code_type is torch.int8 else 256,
-            depth=128,
-            warps=8,
-            stages=3,
-        )
+        tiling = _many_rows(rows, channels, depth, code_type, processors)
     else:
         tile_rows = max(16, 1 << (rows - 1).bit_length())
         tiles = -(-channels // LEAST_CHANNELS)
@@ -59,6 +59,19 @@ def choose_tiling(
         )
     stage = (tiling.channels + tiling.rows) * tiling.depth
     return replace(tiling, stages=min(tiling.stages, shared_memory // stage))
+
+
+def _many_rows(
+    rows: int, channels: int, depth: int, code_type: torch.dtype, processors: int
+) -> Tiling:
+    row_tiles = -(-rows // _SMALL.rows)
+    tiles = row_tiles * -(-channels // _SMALL.channels)
+    together = _SMALL_TOGETHER * processors
+    if tiles > together:
+        return _LARGE if code_type is torch.int8 else _LARGE_FP8
+    if row_tiles > MOST_ROW_TILES:
+        return _SMALL
+    return replace(_SMALL, splits=max(1, min(together // tiles, depth // _LEAST_DEPTH)))
 
 
 @cache
