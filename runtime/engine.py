@@ -248,17 +248,25 @@ class StreamingEngine:
             limit=self.max_sessions,
         )
 
-    def run_until_idle(self) -> bool:
-        """Do all there is to do, in the calling thread; whether there was anything.
+    def run_once(self) -> bool:
+        """Do one round of work, in the calling thread: encode some chunks, run one step. Whether
+        there was anything to do.
 
         Raises OptionError on an engine with a thread of its own.
         """
         if self.threaded:
             raise OptionError("This engine has a thread of its own; open it with threaded=False.")
+        return self._run_round()
+
+    def run_until_idle(self) -> bool:
+        """Do all there is to do, in the calling thread; whether there was anything.
+
+        Raises OptionError on an engine with a thread of its own.
+        """
         worked = False
         while True:
             self._wake.clear()
-            if self._run_round():
+            if self.run_once():
                 worked = True
             elif (patience := self._worker.patience()) is not None:
                 self._wake.wait(patience)

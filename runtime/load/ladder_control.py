@@ -12,8 +12,9 @@ from framesink.runtime.load.ladder import FULL, Ladder, Rung
 from framesink.runtime.preprocess import Grid, PreprocessConfig, smart_resize
 from framesink.runtime.video.dropping import spread_evenly
 
-# A stream whose load is predicted to fit, but whose replies are late, waits so many times longer
-# before it steps down: others may have stepped down already, and what waits has to be worked off.
+# Where the load is predicted to fit, a stream whose replies are late waits so many times longer
+# before it steps down, and as long as they become less late: others may have stepped down already,
+# and what waits has to be worked off.
 _PREDICTED_TO_FIT = 2
 # It steps up only to a load of at most this share of the utilisation.
 _ROOM_ABOVE = 0.9
@@ -122,8 +123,10 @@ class LadderControl:
         """The chunk is on its way, and its notice with it."""
         if treatment.notice is not None:
             with self._lock:
-                self._announced = treatment.rung
-                self._stuck = None if self._stuck else self._stuck
+                if self._announced != treatment.rung:
+                    self._announced = treatment.rung
+                else:
+                    self._stuck = None
 
     def replied(self, lag: float) -> None:
         """A reply ended `lag` seconds after its chunk."""
@@ -132,12 +135,12 @@ class LadderControl:
             captured = now - lag
             if captured < self._changed_at:
                 return  # it was on its way before the last step
-            self._lag = lag
+            before, self._lag = self._lag, lag
             if lag > self._bound:
                 self._early_since = None
                 if self._late_since is None:
                     self._late_since = captured + self._bound
-                if now - self._late_since >= self._ladder.down_after * self._caution():
+                if self._is_late_enough(now - self._late_since, improving=lag < before):
                     self._step_down(now)
                 return
             self._late_since = None
@@ -151,10 +154,12 @@ class LadderControl:
             if now - self._early_since >= self._ladder.up_after * self._patience:
                 self._step_up(now)
 
-    def _caution(self) -> int:
+    def _is_late_enough(self, seconds: float, *, improving: bool) -> bool:
+        """Whether replies that have been late for `seconds` are a reason to step down."""
         load = self._streams.load()
-        fits = load is not None and load <= self._streams.utilisation
-        return _PREDICTED_TO_FIT if fits else 1
+        if load is None or load > self._streams.utilisation:
+            return seconds >= self._ladder.down_after
+        return not improving and seconds >= _PREDICTED_TO_FIT * self._ladder.down_after
 
     def _step_down(self, now: float) -> None:
         present = self._shape(self._ladder.rung(self._rung))
@@ -228,13 +233,13 @@ class LadderControl:
     # What is said.
 
     def _notice(self, rung: Rung) -> str | None:
-        if self._stuck:
+        if self._rung == self._announced:
+            if not self._stuck:
+                return None
             return (
                 f"Replies still come {self._lag:.1f} s after their chunks, and the ladder has no "
                 "lower rung: the machine is too slow for its streams."
             )
-        if self._rung == self._announced:
-            return None
         where = f"(rung {self._rung} of {len(self._ladder.rungs)})"
         if self._rung > self._announced:
             why = (

@@ -80,6 +80,7 @@ def make_engine(
     threaded: bool = False,
     max_sessions: int | None = None,
     observer: EngineObserver | None = None,
+    preprocess: PreprocessConfig = PREPROCESS,
 ) -> StreamingEngine:
     """An engine over the fake executor; sessions have no query and 6 new tokens by default."""
     protocol = protocol or make_protocol()
@@ -87,7 +88,7 @@ def make_engine(
         executor or FakeExecutor(protocol, num_pages=num_pages, page_size=page_size),
         make_model(protocol),
         protocol,
-        PREPROCESS,
+        preprocess,
         StreamingDefaults(max_new_tokens=6, sink_text=8, recent_text=12, vision_seconds=3.0),
         limits,
         threaded=threaded,

@@ -1,0 +1,157 @@
+"""What work costs, learned from steps whose costs are known, and how many streams fit by it."""
+
+import numpy as np
+import pytest
+from fake.engine import make_engine
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference.live_machine import H200, W720
+
+from framesink.runtime.load.capacity import StreamShape, predicted_load, streams_that_fit
+from framesink.runtime.load.costs import CostMeter, LinearCost, WorkCosts
+from framesink.runtime.observer import StepReport
+
+linear = st.builds(LinearCost, base=st.floats(1e-4, 0.05), each=st.floats(1e-6, 1e-3))
+all_costs = st.builds(
+    WorkCosts, vision=linear, prefill=linear, decode=linear, round=st.floats(0, 0.01)
+)
+shapes = st.builds(
+    StreamShape,
+    chunk_seconds=st.floats(0.5, 4.0),
+    patches=st.integers(4, 4000),
+    prompt_tokens=st.integers(20, 1000),
+    new_tokens=st.integers(1, 40),
+)
+
+
+def show(
+    meter: CostMeter, costs: WorkCosts, steps: int, *, seed: int = 0, noise: float = 0.1
+) -> None:
+    """Steps as many streams make them, each a little longer or shorter than it should be."""
+    random = np.random.default_rng(seed)
+    for _ in range(steps):
+        decoding, prompts = int(random.integers(0, 30)), int(random.integers(0, 3))
+        tokens = sum(int(random.integers(20, 800)) for _ in range(prompts))
+        factor = float(np.exp(noise * random.standard_normal()))
+        seconds = costs.decode.seconds(decoding) + costs.prefill.seconds(tokens)
+        if decoding or tokens:
+            meter.stepped(StepReport(decoding, prompts, decoding + tokens, factor * seconds))
+        patches = int(random.integers(100, 3000))
+        meter.encoded(patches, factor * costs.vision.seconds(patches))
+        meter.round_done(factor * (seconds + costs.vision.seconds(patches)) + costs.round)
+
+
+def learned(meter: CostMeter) -> WorkCosts:
+    assert meter.costs is not None
+    return meter.costs
+
+
+@given(costs=all_costs, seed=st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_costs_are_learned_through_noise(costs: WorkCosts, seed: int) -> None:
+    meter = CostMeter()
+    show(meter, costs, 400, seed=seed)
+    found = learned(meter)
+    for decoding, tokens in ((1, 0), (20, 0), (0, 700), (12, 300)):
+        assert found.step(decoding, tokens) == pytest.approx(costs.step(decoding, tokens), rel=0.2)
+    for patches in (200, 2880):
+        assert found.vision.seconds(patches) == pytest.approx(
+            costs.vision.seconds(patches), rel=0.2
+        )
+
+
+def test_a_step_that_was_held_up_hardly_counts() -> None:
+    meter, undisturbed = CostMeter(), CostMeter()
+    for each in (meter, undisturbed):
+        show(each, H200, 300)
+    for _ in range(3):
+        meter.stepped(StepReport(8, 0, 8, 100 * H200.step(8, 0)))
+    show(meter, H200, 32, seed=1)
+    assert learned(meter).step(8, 0) == pytest.approx(learned(undisturbed).step(8, 0), rel=0.15)
+
+
+def test_a_machine_that_becomes_slower_is_noticed() -> None:
+    meter = CostMeter()
+    show(meter, H200, 600)
+    slow = WorkCosts(
+        *(LinearCost(3 * c.base, 3 * c.each) for c in (H200.vision, H200.prefill, H200.decode))
+    )
+    show(meter, slow, 1500)
+    assert learned(meter).step(16, 700) == pytest.approx(slow.step(16, 700), rel=0.25)
+
+
+def test_nothing_is_known_before_there_was_a_prompt_and_a_reply() -> None:
+    meter = CostMeter()
+    meter.stepped(StepReport(0, 1, 100, 0.1))
+    assert meter.costs is None
+    meter.stepped(StepReport(1, 0, 1, 0.02))
+    assert learned(meter).decode.seconds(1) == pytest.approx(0.02, rel=0.01)
+    assert learned(meter).prefill.seconds(100) == pytest.approx(0.1, rel=0.01)
+    meter.reset()
+    assert meter.costs is None
+
+
+@given(
+    reports=st.lists(
+        st.builds(
+            StepReport,
+            decoding=st.integers(0, 5),
+            prefilling=st.integers(0, 2),
+            tokens=st.integers(1, 500),
+            seconds=st.floats(0, 10),
+        ),
+        max_size=80,
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_no_price_is_ever_below_nothing(reports: list[StepReport]) -> None:
+    meter = CostMeter()
+    for report in reports:
+        meter.stepped(report)
+        costs = meter.costs
+        if costs is not None:
+            for cost in (costs.decode, costs.prefill):
+                assert cost.base >= 0
+                assert cost.each >= 0
+                assert np.isfinite(cost.base + cost.each)
+
+
+@given(shape=shapes, costs=all_costs, utilisation=st.floats(0.3, 1.0))
+@settings(max_examples=100, deadline=None)
+def test_one_stream_more_than_fits_is_too_much(
+    shape: StreamShape, costs: WorkCosts, utilisation: float
+) -> None:
+    fit = streams_that_fit(shape, costs, utilisation)
+    assert predicted_load([shape] * (fit + 1), costs) > utilisation - 1e-6
+    if fit:
+        assert predicted_load([shape] * fit, costs) <= utilisation + 1e-6
+
+
+def test_the_load_is_the_sum_that_the_brief_makes() -> None:
+    """Forty W720 streams: 20 decode steps of everyone, forty prompts, forty chunks a second."""
+    decode = 19 * (2.6e-3 + 0.3e-3 + 40 * 0.175e-3)
+    rest = 40 * (1e-3 + 13.5e-3 + 5e-3)
+    assert predicted_load([W720] * 40, H200) == pytest.approx(decode + rest)
+
+
+def test_a_rehearsal_leaves_nothing_behind() -> None:
+    told: list[StepReport] = []
+
+    class Observer(CostMeter):
+        def stepped(self, report: StepReport) -> None:
+            told.append(report)
+
+    for threaded in (False, True):
+        with make_engine(threaded=threaded, observer=Observer()) as engine:
+            assert engine.capacity().by_time is None
+            engine.measure_costs(0.2)
+            capacity = engine.capacity()
+            assert capacity.by_time is not None
+            assert f"{capacity.streams} live streams fit" in capacity.sentence()
+            stats = engine.stats()
+            assert (stats.sessions, stats.pages_reserved) == (0, 0)
+            engine.check_integrity()
+            assert not told
+            steps = stats.steps
+            engine.measure_costs(0.2)
+            assert engine.stats().steps == steps
