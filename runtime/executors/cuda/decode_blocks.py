@@ -1,4 +1,4 @@
-"""Decode steps of few tokens in fewer launches: which batch sizes can have them, and their layers."""
+"""Decode steps of few tokens in fewer launches: which batch sizes have them, and their layers."""
 
 import logging
 from collections.abc import Iterable
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from framesink.runtime.executors.cuda.kernels.cuda_source import why_no_compiler
 from framesink.runtime.executors.cuda.kernels.decode_block import (
-    CHUNK,
-    MOST_TOKENS,
+    DEPTH_MULTIPLE,
+    MIN_CAPABILITY,
     Block,
     DecodeBlock,
     Shape,
@@ -83,21 +83,22 @@ def _why_not(layers: tuple[Block, ...], dtype: torch.dtype, device: torch.device
     """What stands against it, as a clause; None if nothing does."""
     if device.type != "cuda":
         return "there is no GPU"
+    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        return "the GPU is older than sm90"
     code_types = {product.input.dtype for block in layers for product in block.products}
     if code_types not in ({torch.float8_e4m3fn}, {torch.int8}):
         return "not all linear layers have FP8 codes, or all INT8 codes"
     if any(
-        product.weights.weight.shape[1] % CHUNK for block in layers for product in block.products
+        product.weights.weight.shape[1] % DEPTH_MULTIPLE
+        for block in layers
+        for product in block.products
     ):
-        return f"a linear layer's inputs are no multiple of {CHUNK}"
+        return f"a linear layer's inputs are no multiple of {DEPTH_MULTIPLE}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"the kernel does not calculate in {dtype}"
     return why_no_compiler()
 
 
 def _shape(block: Block, tokens: int, device: torch.device) -> Shape | None:
-    if tokens > MOST_TOKENS:
-        return None
-    depths = [product.weights.weight.shape[1] for product in block.products]
     memory = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return choose_shape(tokens, block.down.weights.weight.shape[0], min(depths), memory)
+    return choose_shape(tokens, len(block.down.weights.weight), memory)

@@ -95,6 +95,33 @@ class Kernel:
         _checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(address), 0))
 
 
+def describe_matrix(address: int, rows: int, columns: int, box: tuple[int, int]) -> list[int]:
+    """A matrix of bytes at `address` for the copy engine (a CUtensorMap, as 16 integers): it is
+    copied in boxes of `box` rows and columns, and what lies outside of it reads as 0. Rows are
+    multiples of 16 bytes. Raises RuntimeError for what the copy engine does not take."""
+    from cuda.bindings import driver
+
+    wide = driver.cuuint64_t
+    narrow = driver.cuuint32_t
+    box_rows, box_columns = box
+    described = _checked(
+        driver.cuTensorMapEncodeTiled(
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+            2,
+            address,
+            [wide(columns), wide(rows)],
+            [wide(columns)],
+            [narrow(box_columns), narrow(box_rows)],
+            [narrow(1), narrow(1)],
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_NONE,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+    return [int(word) for word in described.opaque]
+
+
 @cache
 def _compiled(path: Path, definitions: tuple[tuple[str, int], ...], sm: str) -> bytes:
     return compile_source(path, dict(definitions), sm)

@@ -1,10 +1,10 @@
 // What lies between two attentions of a decode step, for 1 to 8 tokens, in one launch: the
-// attention's output projection, the MLP, and the next layer's q/k/v projection.
+// attention's output projection, the MLP, and the next layer's q/k/v projection. For Hopper.
 //
-// Reading the weights is all that takes time here, so they must flow without a pause. Every thread
-// copies the bytes that it will itself multiply into a ring of its own in shared memory
-// (cp.async), SLOTS - 1 steps ahead. Weights depend on nothing, so these copies run on through the
-// barriers between the four products, while sums are added up and inputs are normalized.
+// Reading the weights is all that takes time here, so they must flow without a pause. Every warp has
+// a ring of its own in shared memory, which the copy engine (TMA) keeps filled, SLOTS steps ahead.
+// Weights depend on nothing, so these copies run on through the barriers between the four products,
+// while sums are added up and inputs are normalized.
 //
 // One block of WARPS warps per multiprocessor. A block makes an equal share of the output channels;
 // its warps divide the inputs (K) and add up their sums in a fixed order. The tensor cores take 16
@@ -19,11 +19,11 @@ typedef unsigned short Value;  // bits of a bfloat16 or float16
 
 constexpr int THREADS = 32 * WARPS;
 constexpr int TILE = 16;    // channels of one matrix instruction
-constexpr int CHUNK = 64;   // inputs of one step: 16 of each of the four threads that share a channel
-constexpr int PART = 512;   // bytes that a warp copies at once
-constexpr int WEIGHTS = 4 * PART;           // of a step: two tiles of one chunk
-constexpr int SLOT = WEIGHTS + CHUNK * TOKENS;  // and the tokens' inputs
-constexpr int RING = SLOTS * SLOT;
+constexpr int UNIT = 4;     // channels that are copied together, and by which they are shared out
+constexpr int STEP = 256;   // inputs of one step
+constexpr int CHUNK = 64;   // of those, 16 of each of the four threads that share a channel
+constexpr int CHUNKS = STEP / CHUNK;
+constexpr int SLOT = TILE * STEP;  // bytes
 // Tokens' codes lie half of the 32 banks apart, so that two of them can be read at once.
 constexpr int CODE_STRIDE = HIDDEN + (HIDDEN % 128 == 0 ? 64 : 0);
 constexpr int VECTORS = (HIDDEN / 8 + THREADS - 1) / THREADS;
@@ -34,12 +34,15 @@ typedef float Sum;
 typedef int Sum;
 #endif
 
+struct __align__(64) TensorMap {
+    unsigned char opaque[128];
+};
+
 struct Linear {
-    const Code* weight;  // [channels, depth]
     const float* scale;  // [channels]
     const Value* bias;   // [channels] or null
     int channels;
-    int depth;           // a multiple of CHUNK
+    int depth;           // a multiple of 16
 };
 
 struct Encoding {
@@ -53,30 +56,31 @@ struct Norm {
 };
 
 struct Params {
-    Linear products[4];  // output, gate above up, down, q/k/v of the next layer
-    Norm norms[2];       // before gate/up, before q/k/v
-    Encoding gated;      // of what down reads
-    const Code* mixed;   // [TOKENS, output.depth]: what the attention made
-    Value* hidden;       // [TOKENS, HIDDEN], updated in place
-    Code* inner;         // [TOKENS, down.depth]
-    Value* qkv;          // [TOKENS, q/k/v channels]
-    unsigned* barrier;   // 0 at first; every launch leaves it at 0 or 2^31
+    TensorMap weights[4];  // of the products: [channels, depth], in boxes of UNIT x STEP
+    Linear products[4];    // output, gate above up, down, q/k/v of the next layer
+    Norm norms[2];         // before gate/up, before q/k/v
+    Encoding gated;        // of what down reads
+    const Code* mixed;     // [TOKENS, output.depth]: what the attention made
+    Value* hidden;         // [TOKENS, HIDDEN], updated in place
+    Code* inner;           // [TOKENS, down.depth]
+    Value* qkv;            // [TOKENS, q/k/v channels]
+    unsigned* barrier;     // 0 at first; every launch leaves it at 0 or 2^31
     // The weights that the next launch reads first, of its output projection and gate above up.
     const Code* ahead[2];
-    int ahead_groups;    // how many groups of each block's channels of gate and up
+    int ahead_groups;      // how many tiles of each block's channels of gate and up
     float epsilon;
-    int count;           // products: 3 after the last layer
+    int count;             // products: 3 after the last layer
 };
 
 enum Product { OUTPUT, GATE_UP, DOWN, QKV };
 enum Result { RESIDUAL, GATED, PLAIN };
 
-struct __align__(16) Shared {
-    // Of the threads in turn; a thread's copies are read by itself alone.
-    unsigned char rings[WARPS * RING];
+struct __align__(128) Shared {
+    unsigned char rings[WARPS][SLOTS][SLOT];
     unsigned char codes[TOKENS * CODE_STRIDE];
     // One set of sums is added up while the warps write the other.
     Sum sums[2][2][WARPS][TILE * TOKENS];
+    unsigned long long arrived[WARPS][SLOTS];  // barriers that the copies of a slot report to
     float squares[TOKENS][WARPS];
 };
 
@@ -84,58 +88,100 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "the launch asks for too little sh
 
 // ---- Values and codes, rounded as the other kernels do (formats.py) ----
 
-__device__ __forceinline__ float to_float(Value bits) {
+struct Two {
+    float low, high;
+};
+
+__device__ __forceinline__ Two to_floats(unsigned bits) {
+    Two values;
 #if BF16
-    return __uint_as_float(unsigned(bits) << 16);
+    values.low = __uint_as_float(bits << 16);
+    values.high = __uint_as_float(bits & 0xffff0000u);
 #else
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-    return value;
+    asm("{\n .reg .b16 l, h;\n mov.b32 {l, h}, %2;\n cvt.f32.f16 %0, l;\n cvt.f32.f16 %1, h;\n}"
+        : "=f"(values.low), "=f"(values.high)
+        : "r"(bits));
 #endif
+    return values;
 }
 
-__device__ __forceinline__ Value to_value(float value) {
-    Value bits;
+__device__ __forceinline__ unsigned to_values(Two values) {
+    unsigned bits;
 #if BF16
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(values.high), "f"(values.low));
 #else
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(values.high), "f"(values.low));
 #endif
     return bits;
 }
 
+__device__ __forceinline__ Two rounded(Two values) { return to_floats(to_values(values)); }
+
+__device__ __forceinline__ Two times(Two a, Two b) { return {a.low * b.low, a.high * b.high}; }
+
+__device__ __forceinline__ float to_float(Value bits) { return to_floats(bits).low; }
+
+__device__ __forceinline__ Value to_value(float value) { return Value(to_values({value, 0.0f})); }
+
 __device__ __forceinline__ float rounded(float value) { return to_float(to_value(value)); }
 
-__device__ __forceinline__ float divided(float value, float by) {
+__device__ __forceinline__ float reciprocal(float value) {
     float result;
-    asm("div.full.f32 %0, %1, %2;" : "=f"(result) : "f"(value), "f"(by));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
     return result;
 }
 
-__device__ __forceinline__ Code to_code(float value, const Encoding& encoding, int channel) {
-    if (encoding.smoothing) value *= __ldg(encoding.smoothing + channel);
-    value = divided(value, encoding.scale);
+// The codes of two values that were divided by their scale.
+__device__ __forceinline__ unsigned to_codes(Two values) {
 #if FP8
-    Value pair;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(value));
-    return Code(pair);
+    Value codes;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"
+        : "=h"(codes)
+        : "f"(values.high), "f"(values.low));
+    return codes;
 #else
-    return Code(__float2int_rn(fminf(fmaxf(value, -128.0f), 127.0f)));
+    const int low = __float2int_rn(fminf(fmaxf(values.low, -128.0f), 127.0f));
+    const int high = __float2int_rn(fminf(fmaxf(values.high, -128.0f), 127.0f));
+    return (low & 0xff) | (high & 0xff) << 8;
 #endif
 }
 
 // ---- Memory ----
 
-__device__ __forceinline__ void copy16(unsigned to, const void* from) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from)
+__device__ __forceinline__ unsigned shared_address(const void* at) {
+    return unsigned(__cvta_generic_to_shared(at));
+}
+
+__device__ __forceinline__ void prepare_barrier(unsigned barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void show_barriers_to_copies() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async;" ::: "memory");
+}
+
+__device__ __forceinline__ void expect_copies(unsigned barrier, unsigned bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                  : "memory");
 }
 
-__device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copy_box(unsigned to, const TensorMap* map, int column, int row,
+                                         unsigned barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+        "l"(map), "r"(column), "r"(row), "r"(barrier)
+        : "memory");
+}
 
-template <int PENDING>
-__device__ __forceinline__ void await_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+__device__ __forceinline__ void await_copies(unsigned barrier, unsigned turn) {
+    asm volatile(
+        "{\n .reg .pred done;\nAGAIN:\n"
+        " mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        " @!done bra AGAIN;\n}" ::"r"(barrier),
+        "r"(turn)
+        : "memory");
 }
 
 __device__ __forceinline__ uint4 read_shared(unsigned at) {
@@ -154,7 +200,7 @@ __device__ __forceinline__ Value read_value(const Value* at) {
     return value;
 }
 
-__device__ __forceinline__ uint4 read_values(const Value* at) {
+__device__ __forceinline__ uint4 read_16_bytes(const void* at) {
     uint4 value;
     asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
@@ -198,99 +244,86 @@ __device__ __forceinline__ int share_start(int total, int index, int parts) {
     return int(unsigned(total) * unsigned(index) / unsigned(parts));
 }
 
-// One warp's part of one product: its block's channels and its inputs, in steps of a group of two
-// tiles (of gate and up: a tile of each) and one chunk.
+// One warp's part of one product: its block's channels, in groups of up to two tiles (of gate and
+// up: a tile of each), and its inputs.
 struct Share {
     int row, row_end, group_rows;
-    int chunk_start, chunk_end;
+    int step_start, step_end;
 
     __device__ __forceinline__ Share(const Linear& linear, bool paired) {
         const int rows = paired ? linear.channels / 2 : linear.channels;
-        row = share_start(rows, blockIdx.x, gridDim.x);
-        row_end = share_start(rows, blockIdx.x + 1, gridDim.x);
+        const int units = (rows + UNIT - 1) / UNIT, steps = (linear.depth + STEP - 1) / STEP;
+        row = UNIT * share_start(units, blockIdx.x, gridDim.x);
+        row_end = min(rows, UNIT * share_start(units, blockIdx.x + 1, gridDim.x));
         group_rows = paired ? TILE : 2 * TILE;
-        chunk_start = share_start(linear.depth / CHUNK, threadIdx.x / 32, WARPS);
-        chunk_end = share_start(linear.depth / CHUNK, threadIdx.x / 32 + 1, WARPS);
+        step_start = share_start(steps, threadIdx.x / 32, WARPS);
+        step_end = share_start(steps, threadIdx.x / 32 + 1, WARPS);
     }
 };
 
-__device__ __forceinline__ unsigned next_slot(unsigned slot, unsigned ring) {
-    slot += SLOT;
-    return slot == ring + RING ? ring : slot;
-}
+// A place in a warp's ring.
+struct Place {
+    unsigned slot, barrier;
+    int index;
+    unsigned turn;
 
-// Copies weights, in the order in which `multiply` will want them, through all products.
+    __device__ __forceinline__ Place(Shared& shared)
+        : slot(shared_address(shared.rings[threadIdx.x / 32])),
+          barrier(shared_address(shared.arrived[threadIdx.x / 32])),
+          index(0),
+          turn(0) {}
+
+    __device__ __forceinline__ void advance() {
+        const bool wraps = ++index == SLOTS;
+        slot += wraps ? -(SLOTS - 1) * SLOT : SLOT;
+        barrier += wraps ? -(SLOTS - 1) * 8 : 8;
+        turn ^= wraps;
+        index = wraps ? 0 : index;
+    }
+};
+
+// Has weights copied, in the order in which `run_product` will want them, through all products. One
+// thread of a warp does.
 struct Reader {
     const Params& params;
-    const unsigned ring;
-    unsigned slot;
+    Place place;
     int product;
     Share share;
-    int chunk;
-    const Code* at;      // this thread's 16 bytes of the first tile
-    long long depth8;    // bytes to the channel 8 below
-    long long tile2;     // bytes to the second tile
-    bool has[4];
+    int step, tile;
 
-    __device__ __forceinline__ Reader(const Params& params, unsigned ring)
-        : params(params), ring(ring), slot(ring), product(OUTPUT), share(params.products[0], false) {
-        begin_product();
+    __device__ __forceinline__ Reader(const Params& params, Shared& shared)
+        : params(params), place(shared), product(OUTPUT), share(params.products[0], false) {
+        skip_empty();
     }
 
-    // To the first group of the product, or of the next that has channels for this block.
-    __device__ __forceinline__ void begin_product() {
-        while (share.row >= share.row_end) {
+    // To the next product that has work for this warp, if this one has none left.
+    __device__ __forceinline__ void skip_empty() {
+        while (share.row >= share.row_end || share.step_start >= share.step_end) {
             if (++product >= params.count) return;
             share = Share(params.products[product], product == GATE_UP);
         }
-        begin_group();
+        step = share.step_start;
+        tile = 0;
     }
 
-    __device__ __forceinline__ void begin_group() {
-        const Linear& linear = params.products[product];
-        const int lane = threadIdx.x % 32, row = share.row + lane / 4;
+    __device__ __forceinline__ void copy() {
+        if (product >= params.count) return;
         const bool paired = product == GATE_UP;
-        chunk = share.chunk_start;
-        depth8 = 8ll * linear.depth;
-        tile2 = (long long)linear.depth * (paired ? linear.channels / 2 : TILE);
-        at = linear.weight + (long long)row * linear.depth + chunk * CHUNK + lane % 4 * 16;
-        has[0] = row < share.row_end;
-        has[1] = row + 8 < share.row_end;
-        has[2] = paired ? has[0] : row + TILE < share.row_end;
-        has[3] = paired ? has[1] : row + TILE + 8 < share.row_end;
-    }
-
-    // Copies the next step, with the tokens' inputs if they are there already (else null).
-    __device__ __forceinline__ void copy(const Code* inputs, int current) {
-        if (product < params.count) {
-            const int lane = threadIdx.x % 32;
-            const unsigned to = slot + lane * 16;
-            if (has[0]) copy16(to, at);
-            if (has[1]) copy16(to + PART, at + depth8);
-            if (has[2]) copy16(to + 2 * PART, at + tile2);
-            if (has[3]) copy16(to + 3 * PART, at + tile2 + depth8);
-            if (inputs && product == current && lane < 4 * TOKENS) copy_inputs(slot, inputs, chunk);
-            at += CHUNK;
-            if (++chunk == share.chunk_end) {
-                share.row += share.group_rows;
-                if (share.row < share.row_end) begin_group();
-                else begin_product();
-            }
-        }
-        end_copies();
-        slot = next_slot(slot, ring);
-    }
-
-    __device__ __forceinline__ void copy_inputs(unsigned to, const Code* inputs, int from) {
-        const int lane = threadIdx.x % 32;
-        const int depth = params.products[product].depth;
-        copy_inputs_of(to, inputs, from, depth, lane);
-    }
-
-    static __device__ __forceinline__ void copy_inputs_of(
-        unsigned to, const Code* inputs, int from, int depth, int lane) {
-        copy16(to + WEIGHTS + lane * 16,
-               inputs + (long long)(lane / 4) * depth + from * CHUNK + lane % 4 * 16);
+        const int left = share.row_end - share.row;
+        const int rows = min(TILE, paired ? left : left - tile * TILE);
+        const int row = share.row + tile * (paired ? params.products[product].channels / 2 : TILE);
+        const int units = (rows + UNIT - 1) / UNIT;
+        expect_copies(place.barrier, units * UNIT * STEP);
+        for (int i = 0; i < units; ++i)
+            copy_box(place.slot + i * UNIT * STEP, params.weights + product, step * STEP,
+                     row + i * UNIT, place.barrier);
+        place.advance();
+        if (++tile < (paired || left > TILE ? 2 : 1)) return;
+        tile = 0;
+        if (++step < share.step_end) return;
+        step = share.step_start;
+        share.row += share.group_rows;
+        skip_empty();
     }
 };
 
@@ -366,51 +399,99 @@ __device__ __forceinline__ float total(const Sum (&sums)[WARPS][TILE * TOKENS], 
     return float(sum);
 }
 
+// What a thread needs to finish the output that it has of a group of channels: read before the sum is
+// there, as it takes long.
+template <Result RESULT>
+struct Finish {
+    int token, channel, tile, in_tile;
+    bool mine;
+    Two scale, bias;
+    float smoothing, residual;
+
+    __device__ __forceinline__ Finish(const Params& params, int product, const Share& share) {
+        const Linear& linear = params.products[product];
+        in_tile = threadIdx.x % (TILE * TOKENS);
+        tile = threadIdx.x / (TILE * TOKENS);
+        token = in_tile % TOKENS;
+        channel = share.row + tile * TILE + in_tile / TOKENS;
+        mine = tile < (RESULT == GATED ? 1 : 2) && channel < share.row_end;
+        scale = bias = {0.0f, 0.0f};
+        smoothing = 1.0f;
+        residual = 0.0f;
+        if (!mine) return;
+        scale.low = __ldg(linear.scale + channel);
+        if (linear.bias) bias.low = to_float(__ldg(linear.bias + channel));
+        if (RESULT == GATED) {
+            const int up = channel + linear.channels / 2;
+            scale.high = __ldg(linear.scale + up);
+            if (linear.bias) bias.high = to_float(__ldg(linear.bias + up));
+            if (params.gated.smoothing) smoothing = __ldg(params.gated.smoothing + channel);
+        }
+    }
+
+    __device__ __forceinline__ void store(const Params& params, const Linear& linear,
+                                          const Sum (&sums)[2][WARPS][TILE * TOKENS], Value* out) {
+        if (!mine) return;
+        const float value =
+            rounded(total(sums[RESULT == GATED ? 0 : tile], in_tile) * scale.low + bias.low);
+        if (RESULT == RESIDUAL) {
+            out[token * HIDDEN + channel] = to_value(residual + value);
+        } else if (RESULT == PLAIN) {
+            out[token * linear.channels + channel] = to_value(value);
+        } else {
+            const float up = rounded(total(sums[1], in_tile) * scale.high + bias.high);
+            const float gate = rounded(value * reciprocal(1.0f + __expf(-value)));
+            const float inner = rounded(gate * up) * smoothing * reciprocal(params.gated.scale);
+            params.inner[token * (linear.channels / 2) + channel] =
+                Code(to_codes({inner, 0.0f}));
+        }
+    }
+};
+
 // One product for this block's channels, from the tokens' codes in shared memory (`inputs` null) or
 // in global memory.
 template <Result RESULT>
 __device__ __forceinline__ void run_product(const Params& params, Shared& shared, Reader& reader,
-                                            unsigned& slot, int& buffer, int product,
-                                            const Code* inputs, Value* out) {
+                                            Place& place, int& buffer, int product,
+                                            Finish<RESULT> finish, const Code* inputs, Value* out) {
     const Linear& linear = params.products[product];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int token = lane / 4, part = lane % 4;
+    const unsigned codes = shared_address(shared.codes) + token * CODE_STRIDE;
     Share share(linear, RESULT == GATED);
-    const int chunks = share.chunk_end - share.chunk_start;
-    bool waiting = inputs != nullptr;
-    if (inputs) {
-        // The weights of the first steps were copied before there were inputs.
-        const int groups = (share.row_end - share.row + share.group_rows - 1) / share.group_rows;
-        unsigned to = slot;
-        for (int step = 0, chunk = 0; step < min(SLOTS - 1, groups * chunks); ++step) {
-            if (lane < 4 * TOKENS)
-                Reader::copy_inputs_of(to, inputs, share.chunk_start + chunk, linear.depth, lane);
-            to = next_slot(to, reader.ring);
-            if (++chunk == chunks) chunk = 0;
-        }
-        end_copies();
-    }
-    const unsigned codes = unsigned(__cvta_generic_to_shared(shared.codes)) +
-                           token * CODE_STRIDE + part * 16;
-    for (; share.row < share.row_end; share.row += share.group_rows) {
+    while (share.row < share.row_end) {
+        if (RESULT == RESIDUAL && finish.mine)
+            finish.residual = to_float(read_value(out + finish.token * HIDDEN + finish.channel));
+        const int tiles = RESULT == GATED || share.row_end - share.row > TILE ? 2 : 1;
         Sum sums[2][4] = {};
-        for (int chunk = share.chunk_start; chunk < share.chunk_end; ++chunk) {
-            reader.copy(inputs, product);
-            if (waiting) {
-                await_copies<1>();
-                waiting = false;
-            } else {
-                await_copies<SLOTS - 1>();
-            }
-            uint4 weights[4], given = make_uint4(0, 0, 0, 0);
+        for (int step = share.step_start; step < share.step_end; ++step) {
+            Inputs given[CHUNKS];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) weights[i] = read_shared(slot + i * PART + lane * 16);
-            if (token < TOKENS)
-                given = read_shared(inputs ? slot + WEIGHTS + lane * 16 : codes + chunk * CHUNK);
-            const Inputs prepared_inputs = prepared(given);
-            multiply(sums[0], weights[0], weights[1], prepared_inputs);
-            multiply(sums[1], weights[2], weights[3], prepared_inputs);
-            slot = next_slot(slot, reader.ring);
+            for (int i = 0; i < CHUNKS; ++i) {
+                const int at = step * STEP + i * CHUNK + part * 16;
+                uint4 bytes = make_uint4(0, 0, 0, 0);
+                if (token < TOKENS && at < linear.depth)
+                    bytes = inputs ? read_16_bytes(inputs + (long long)token * linear.depth + at)
+                                   : read_shared(codes + at);
+                given[i] = prepared(bytes);
+            }
+#pragma unroll
+            for (int tile = 0; tile < 2; ++tile) {
+                if (tile == tiles) break;
+                await_copies(place.barrier, place.turn);
+                const unsigned from = place.slot + token * STEP + part * 16;
+                uint4 upper[CHUNKS], lower[CHUNKS];
+#pragma unroll
+                for (int i = 0; i < CHUNKS; ++i) {
+                    upper[i] = read_shared(from + i * CHUNK);
+                    lower[i] = read_shared(from + i * CHUNK + 8 * STEP);
+                }
+                place.advance();
+                __syncwarp();
+                if (lane == 0) reader.copy();
+#pragma unroll
+                for (int i = 0; i < CHUNKS; ++i) multiply(sums[tile], upper[i], lower[i], given[i]);
+            }
         }
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
@@ -418,39 +499,11 @@ __device__ __forceinline__ void run_product(const Params& params, Shared& shared
             if (column < TOKENS)
                 shared.sums[buffer][i / 4][warp][row * TOKENS + column] = sums[i / 4][i % 4];
         }
-
-        // One thread per output finishes it; what that takes is read while the warps meet.
-        const int place = threadIdx.x % (TILE * TOKENS), tile = threadIdx.x / (TILE * TOKENS);
-        const int in = place % TOKENS;
-        const int channel = share.row + tile * TILE + place / TOKENS;
-        const bool mine = tile < (RESULT == GATED ? 1 : 2) && channel < share.row_end;
-        float scale = 0.0f, bias = 0.0f, scale2 = 0.0f, bias2 = 0.0f, residual = 0.0f;
-        if (mine) {
-            scale = __ldg(linear.scale + channel);
-            if (linear.bias) bias = to_float(__ldg(linear.bias + channel));
-            if (RESULT == GATED) {
-                const int up = channel + linear.channels / 2;
-                scale2 = __ldg(linear.scale + up);
-                if (linear.bias) bias2 = to_float(__ldg(linear.bias + up));
-            }
-            if (RESULT == RESIDUAL) residual = to_float(read_value(out + in * HIDDEN + channel));
-        }
         __syncthreads();
-        if (mine) {
-            const float value =
-                rounded(total(shared.sums[buffer][RESULT == GATED ? 0 : tile], place) * scale + bias);
-            if (RESULT == RESIDUAL) {
-                out[in * HIDDEN + channel] = to_value(residual + value);
-            } else if (RESULT == PLAIN) {
-                out[in * linear.channels + channel] = to_value(value);
-            } else {
-                const float up = rounded(total(shared.sums[buffer][1], place) * scale2 + bias2);
-                const float gate = rounded(divided(value, 1.0f + __expf(-value)));
-                params.inner[in * (linear.channels / 2) + channel] =
-                    to_code(rounded(gate * up), params.gated, channel);
-            }
-        }
+        finish.store(params, linear, shared.sums[buffer], out);
         buffer ^= 1;
+        share.row += share.group_rows;
+        finish = Finish<RESULT>(params, product, share);
     }
 }
 
@@ -458,10 +511,18 @@ __device__ __forceinline__ void run_product(const Params& params, Shared& shared
 __device__ __forceinline__ void normalize(const Params& params, Shared& shared, const Norm& norm) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     uint4 factors[VECTORS], values[TOKENS][VECTORS];
+    float smoothing[VECTORS][8];
 #pragma unroll
     for (int i = 0; i < VECTORS; ++i) {
         const int channel = (i * THREADS + threadIdx.x) * 8;
+        factors[i] = make_uint4(0, 0, 0, 0);
         if (channel < HIDDEN) factors[i] = __ldg((const uint4*)(norm.weight + channel));
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            smoothing[i][k] = 1.0f;
+            if (norm.encoding.smoothing && channel < HIDDEN)
+                smoothing[i][k] = __ldg(norm.encoding.smoothing + channel + k);
+        }
     }
     await_all_blocks(params.barrier);
 #pragma unroll
@@ -471,22 +532,26 @@ __device__ __forceinline__ void normalize(const Params& params, Shared& shared, 
             const int channel = (i * THREADS + threadIdx.x) * 8;
             values[token][i] = make_uint4(0, 0, 0, 0);
             if (channel < HIDDEN)
-                values[token][i] = read_values(params.hidden + token * HIDDEN + channel);
+                values[token][i] = read_16_bytes(params.hidden + token * HIDDEN + channel);
         }
 #pragma unroll
     for (int token = 0; token < TOKENS; ++token) {
         float square = 0.0f;
 #pragma unroll
         for (int i = 0; i < VECTORS; ++i) {
-            const Value* value = (const Value*)&values[token][i];
+            const unsigned* pairs = (const unsigned*)&values[token][i];
 #pragma unroll
-            for (int k = 0; k < 8; ++k) square += to_float(value[k]) * to_float(value[k]);
+            for (int k = 0; k < 4; ++k) {
+                const Two value = to_floats(pairs[k]);
+                square += value.low * value.low + value.high * value.high;
+            }
         }
 #pragma unroll
         for (int step = 16; step; step /= 2) square += __shfl_xor_sync(0xffffffffu, square, step);
         if (lane == 0) shared.squares[token][warp] = square;
     }
     __syncthreads();
+    const float unit = reciprocal(norm.encoding.scale);
 #pragma unroll
     for (int token = 0; token < TOKENS; ++token) {
         float square = 0.0f;
@@ -496,18 +561,20 @@ __device__ __forceinline__ void normalize(const Params& params, Shared& shared, 
 #pragma unroll
         for (int i = 0; i < VECTORS; ++i) {
             const int channel = (i * THREADS + threadIdx.x) * 8;
-            const Value* value = (const Value*)&values[token][i];
-            const Value* factor = (const Value*)&factors[i];
-            Code codes[8];
+            const unsigned* pairs = (const unsigned*)&values[token][i];
+            const unsigned* factor = (const unsigned*)&factors[i];
+            unsigned codes[4];
 #pragma unroll
-            for (int k = 0; k < 8; ++k) {
-                const float normal = rounded(to_float(value[k]) * inverse);
-                const float scaled = rounded(normal * to_float(factor[k]));
-                codes[k] = 0;
-                if (channel < HIDDEN) codes[k] = to_code(scaled, norm.encoding, channel + k);
+            for (int k = 0; k < 4; ++k) {
+                const Two normal = rounded(times(to_floats(pairs[k]), {inverse, inverse}));
+                const Two scaled = rounded(times(normal, to_floats(factor[k])));
+                const Two smooth =
+                    times(scaled, {smoothing[i][2 * k], smoothing[i][2 * k + 1]});
+                codes[k] = to_codes(times(smooth, {unit, unit}));
             }
             if (channel < HIDDEN)
-                *(uint2*)(shared.codes + token * CODE_STRIDE + channel) = *(const uint2*)codes;
+                *(uint2*)(shared.codes + token * CODE_STRIDE + channel) =
+                    make_uint2(codes[0] | codes[1] << 16, codes[2] | codes[3] << 16);
         }
     }
     __syncthreads();
@@ -541,26 +608,33 @@ __device__ __forceinline__ void fetch_ahead(const Params& params) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 decode_block(const __grid_constant__ Params params) {
-    extern __shared__ __align__(16) unsigned char memory[];
+    extern __shared__ __align__(128) unsigned char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    const unsigned ring =
-        unsigned(__cvta_generic_to_shared(shared.rings)) + threadIdx.x / 32 * RING;
-    Reader reader(params, ring);
-#pragma unroll 1
-    for (int step = 0; step < SLOTS - 1; ++step) reader.copy(nullptr, 0);
+    Reader reader(params, shared);
+    Place place(shared);
+    if (threadIdx.x % 32 == 0) {
+        for (int i = 0; i < SLOTS; ++i) prepare_barrier(place.barrier + 8 * i);
+        show_barriers_to_copies();
+        for (int i = 0; i < SLOTS; ++i) reader.copy();
+    }
+    __syncwarp();
+    int buffer = 0;
+    const Linear* products = params.products;
+    Finish<RESIDUAL> first(params, OUTPUT, Share(products[OUTPUT], false));
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
-    unsigned slot = ring;
-    int buffer = 0;
-    run_product<RESIDUAL>(params, shared, reader, slot, buffer, OUTPUT, params.mixed, params.hidden);
+    run_product(params, shared, reader, place, buffer, OUTPUT, first, params.mixed, params.hidden);
+    Finish<GATED> second(params, GATE_UP, Share(products[GATE_UP], true));
     normalize(params, shared, params.norms[0]);
-    run_product<GATED>(params, shared, reader, slot, buffer, GATE_UP, nullptr, nullptr);
+    run_product(params, shared, reader, place, buffer, GATE_UP, second, nullptr, nullptr);
+    Finish<RESIDUAL> third(params, DOWN, Share(products[DOWN], false));
     await_all_blocks(params.barrier);
-    run_product<RESIDUAL>(params, shared, reader, slot, buffer, DOWN, params.inner, params.hidden);
+    run_product(params, shared, reader, place, buffer, DOWN, third, params.inner, params.hidden);
     if (params.count <= QKV) return;
+    Finish<PLAIN> fourth(params, QKV, Share(products[QKV], false));
     normalize(params, shared, params.norms[1]);
     fetch_ahead(params);
-    run_product<PLAIN>(params, shared, reader, slot, buffer, QKV, nullptr, params.qkv);
+    run_product(params, shared, reader, place, buffer, QKV, fourth, nullptr, params.qkv);
 }

@@ -12,26 +12,28 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from framesink.runtime.executors.cuda.kernels.cuda_source import Kernel
+from framesink.runtime.executors.cuda.kernels.cuda_source import Kernel, describe_matrix
 from framesink.runtime.executors.cuda.kernels.formats import OutputFormat
 from framesink.runtime.executors.cuda.kernels.linear import Weights
 
 # The columns of the kernel's matrix instruction.
 MOST_TOKENS = 8
-# What a thread copies at once, times the four that share a channel.
-CHUNK = 64
+# What the copy engine wants a row of weights to be a multiple of.
+DEPTH_MULTIPLE = 16
+# The first GPUs whose copy engine fills a ring by itself.
+MIN_CAPABILITY = (9, 0)
 _SOURCE = Path(__file__).with_suffix(".cu")
-_CODE_TYPES = (torch.float8_e4m3fn, torch.int8)
-_VALUE_TYPES = (torch.bfloat16, torch.float16)
-_MOST_WARPS = 16
-_LEAST_SLOTS, _MOST_SLOTS = 3, 8
-_TILE = 16
+_LEAST_WARPS, _MOST_WARPS = MOST_TOKENS, 16
+_LEAST_SLOTS, _MOST_SLOTS = 2, 6
+# As in the kernel: channels of a tile and of a box, inputs of a step.
+_TILE, _UNIT, _STEP = 16, 4, 256
+_ALIGNMENT = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How a kernel for `tokens` tokens is compiled: `warps` a block, each with a ring of `slots`
-    steps of weights, and the shared memory that takes."""
+    """How a kernel for `tokens` tokens of `hidden` channels is compiled: with `warps` a block, each
+    with a ring of `slots` steps of weights."""
 
     tokens: int
     hidden: int
@@ -40,26 +42,22 @@ class Shape:
 
     @property
     def shared_bytes(self) -> int:
-        """As `Shared` in the kernel."""
-        ring = self.slots * (32 * CHUNK + CHUNK * self.tokens)
-        codes = self.tokens * (self.hidden + (CHUNK if self.hidden % 128 == 0 else 0))
+        """Shared memory of a block: `Shared` in the kernel."""
+        rings = self.warps * self.slots * _TILE * _STEP
+        codes = self.tokens * (self.hidden + (64 if self.hidden % 128 == 0 else 0))
         sums = 2 * 2 * self.warps * _TILE * self.tokens * 4
-        squares = self.tokens * self.warps * 4
-        return self.warps * ring + codes + sums + -(-squares // 16) * 16
+        arrived = 8 * self.warps * self.slots
+        squares = 4 * self.tokens * self.warps
+        return -(-(rings + codes + sums + arrived + squares) // _ALIGNMENT) * _ALIGNMENT
 
 
-def choose_shape(tokens: int, hidden: int, least_depth: int, shared_memory: int) -> Shape | None:
-    """The shape for products of at least `least_depth` inputs on a GPU whose blocks may have
-    `shared_memory` bytes: warps that share `hidden` evenly and as many slots as fit; None if too
-    few do."""
-    chunks = least_depth // CHUNK
-    most = min(_MOST_WARPS, chunks)
-    if not 1 <= tokens <= MOST_TOKENS <= most:
+def choose_shape(tokens: int, hidden: int, shared_memory: int) -> Shape | None:
+    """The shape for a GPU whose blocks may have `shared_memory` bytes: warps that share `hidden`
+    inputs most evenly, and as many slots as fit; None if too few do."""
+    if not 1 <= tokens <= MOST_TOKENS:
         return None
-    # The fewest steps for the warp that has the most, and of those the fewest warps.
-    warps = min(
-        range(MOST_TOKENS, most + 1), key=lambda count: (-(-hidden // CHUNK // count), count)
-    )
+    steps = -(-hidden // _STEP)
+    warps = min(range(_LEAST_WARPS, _MOST_WARPS + 1), key=lambda count: (-(-steps // count), count))
     for slots in range(_MOST_SLOTS, _LEAST_SLOTS - 1, -1):
         shape = Shape(tokens, hidden, warps, slots)
         if shape.shared_bytes <= shared_memory:
@@ -151,6 +149,7 @@ class DecodeBlock:
         )
         next_norm, next_qkv = block.next_norm, block.next_qkv
         arguments = _Arguments(
+            weights=(_Map * 4)(*[_map(product.weights.weight) for product in block.products]),
             products=(_Product * 4)(*[_product(product.weights) for product in block.products]),
             norms=(_Norm * 2)(
                 _Norm(block.mlp_norm.data_ptr(), _encoding(block.gate_up.input)),
@@ -172,11 +171,14 @@ class DecodeBlock:
         self._kernel.launch(self._blocks, 32 * self._shape.warps, arguments)
 
 
+# A description of a matrix for the copy engine (CUtensorMap).
+_Map = ctypes.c_uint64 * 16
+
+
 class _Product(ctypes.Structure):
     """`Linear` in the kernel."""
 
     _fields_: ClassVar = [
-        ("weight", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("channels", ctypes.c_int),
@@ -200,6 +202,7 @@ class _Arguments(ctypes.Structure):
     """`Params` in the kernel."""
 
     _fields_: ClassVar = [
+        ("weights", _Map * 4),
         ("products", _Product * 4),
         ("norms", _Norm * 2),
         ("gated", _Encoding),
@@ -212,6 +215,8 @@ class _Arguments(ctypes.Structure):
         ("ahead_groups", ctypes.c_int),
         ("epsilon", ctypes.c_float),
         ("count", ctypes.c_int),
+        # The kernel's structure is aligned to a map, of 64 bytes.
+        ("padding", ctypes.c_ubyte * 64),
     ]
 
 
@@ -219,9 +224,14 @@ def _product(weights: Weights) -> _Product:
     assert weights.scale is not None
     bias = None if weights.bias is None else weights.bias.data_ptr()
     channels, depth = weights.weight.shape
-    return _Product(weights.weight.data_ptr(), weights.scale.data_ptr(), bias, channels, depth)
+    return _Product(weights.scale.data_ptr(), bias, channels, depth)
 
 
 def _encoding(form: OutputFormat) -> _Encoding:
     smoothing = None if form.smoothing is None else form.smoothing.data_ptr()
     return _Encoding(smoothing, form.scale)
+
+
+def _map(weight: Tensor) -> "ctypes.Array[ctypes.c_uint64]":
+    channels, depth = weight.shape
+    return _Map(*describe_matrix(weight.data_ptr(), channels, depth, (_UNIT, _STEP)))
