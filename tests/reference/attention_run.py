@@ -13,7 +13,12 @@ from framesink.runtime.executors.cuda.kernels.paged_decode import paged_decode
 from framesink.runtime.executors.cuda.kernels.paged_prefill import paged_prefill
 from framesink.runtime.executors.cuda.kernels.pages import LayerPages, PageCodes
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
-from framesink.runtime.executors.cuda.kernels.tiles import DeviceRows, DeviceTiles, TileTable
+from framesink.runtime.executors.cuda.kernels.tiles import (
+    DeviceRows,
+    DeviceTiles,
+    NewRows,
+    TileTable,
+)
 from framesink.runtime.models.quantization import CacheScheme
 from reference.paged_contexts import (
     THETA,
@@ -180,6 +185,13 @@ class Run:
         keys, values = read_rows(self.pages, to_device(slots))
         return keys.double().cpu(), values.double().cpu()
 
+    def held(self) -> tuple[Tensor, ...]:
+        """All that the pages hold of rows that were given out: keys, values, and places if they are
+        kept, float64."""
+        codes, written = self.pages.codes, self.pool.written
+        places = () if codes is None else (codes.places.cpu()[written].double(),)
+        return (*self.read(written), *places)
+
     def take_over(self, slots: AnyArray) -> None:
         """Let the reference attend to what the pages hold in `slots`."""
         keys, values = self.read(slots)
@@ -197,15 +209,14 @@ class Run:
         if self.pages.codes is not None:
             self.pages.codes.places[slots] = 0
 
+    @property
+    def new_rows(self) -> NewRows:
+        """The new tokens, and one that only fills up."""
+        arrays = (self.positions, self.bases, self.slots)
+        return NewRows(*(to_device(array.astype(np.int32)) for array in arrays))
+
     def append(self) -> None:
-        rotate_and_append(
-            self.qkv,
-            self.rotary,
-            to_device(self.positions.astype(np.int32)),
-            to_device(self.bases.astype(np.int32)),
-            to_device(self.slots.astype(np.int32)),
-            self.pages,
-        )
+        rotate_and_append(self.qkv, self.rotary, self.new_rows, self.pages)
 
     def prefill(self, generator: np.random.Generator, splits: int | None) -> Tensor:
         lengths = [sequence.new for sequence in self.sequences]
@@ -227,7 +238,7 @@ class Run:
         paged_decode(
             self.qkv,
             self.rotary,
-            to_device(self.positions.astype(np.int32)),
+            self.new_rows,
             device_tiles(tables_of([s.rows for s in self.sequences], self.sizes, generator)),
             self.pages,
             self.out,

@@ -16,7 +16,7 @@ from framesink.runtime.executors.cuda.kernels.linear import Weights
 from framesink.runtime.executors.cuda.kernels.pages import LayerPages
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
 from framesink.runtime.executors.cuda.kernels.step_tokens import NOT_FINITE, Choosing, TileChanges
-from framesink.runtime.executors.cuda.kernels.tiles import NO_SLOT, DeviceRows, DeviceTiles
+from framesink.runtime.executors.cuda.kernels.tiles import NO_SLOT, DeviceRows, DeviceTiles, NewRows
 from framesink.runtime.preprocess import Grid, PreprocessConfig
 from reference.unpacked_rows import read_places, read_rows, write_rows
 
@@ -50,9 +50,7 @@ def choose_likeliest(logits: Tensor, rows: Tensor, choosing: Choosing, tokens: T
 def rotate_and_append(
     qkv: Tensor,
     rotary: RotaryTable,
-    positions: Tensor,
-    bases: Tensor,
-    slots: Tensor,
+    rows: NewRows,
     pages: LayerPages,
 ) -> None:
     """Keys rotated by their places, and values, into their slots; all rotated by their positions in
@@ -60,8 +58,9 @@ def rotate_and_append(
     key_heads = pages.key_heads
     heads = qkv.view(len(qkv), -1, pages.head_dim)
     keys, values = heads[:, -2 * key_heads : -key_heads], heads[:, -key_heads:]
+    positions, slots = rows.positions, rows.slots
     kept = slots >= 0
-    places = positions - bases
+    places = positions - rows.bases
     turned = _rotate(keys, places, rotary)
     write_rows(pages, slots[kept], turned[kept], values[kept], places[:, kept])
     if pages.codes is not None:
@@ -77,13 +76,15 @@ def rotate_and_append(
 def paged_decode(
     qkv: Tensor,
     rotary: RotaryTable,
-    positions: Tensor,
+    rows: NewRows,
     tiles: DeviceTiles,
     pages: LayerPages,
     out: Tensor,
     output_format: OutputFormat,
 ) -> None:
-    """Every sequence by itself."""
+    """Every sequence by itself, once all rows are written."""
+    qkv = qkv.clone()
+    rotate_and_append(qkv, rotary, rows, pages)
     result = torch.zeros(out.shape)
     for index in range(len(qkv)):
         queries = _queries(qkv[index : index + 1], pages, out)

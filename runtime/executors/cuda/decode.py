@@ -17,8 +17,8 @@ from framesink.runtime.executors.base import SequenceInput
 from framesink.runtime.executors.cuda.capture import capture
 from framesink.runtime.executors.cuda.context_tables import ContextTables, PendingTiles
 from framesink.runtime.executors.cuda.kernels.step_tokens import TileChanges
-from framesink.runtime.executors.cuda.kernels.tiles import TILE_ROWS, DeviceTiles
-from framesink.runtime.executors.cuda.language_model import LanguageModel, NewRows
+from framesink.runtime.executors.cuda.kernels.tiles import TILE_ROWS, DeviceTiles, NewRows
+from framesink.runtime.executors.cuda.language_model import LanguageModel
 from framesink.runtime.executors.cuda.operations import Operations
 from framesink.runtime.executors.cuda.staging import Staging
 from framesink.runtime.executors.cuda.token_choice import TokenChooser

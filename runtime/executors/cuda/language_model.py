@@ -10,7 +10,7 @@ from torch import Tensor
 
 from framesink.runtime.executors.cuda.kernels.pages import LayerPages
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
-from framesink.runtime.executors.cuda.kernels.tiles import DeviceRows, DeviceTiles
+from framesink.runtime.executors.cuda.kernels.tiles import DeviceRows, DeviceTiles, NewRows
 from framesink.runtime.executors.cuda.layers import Layers, Linear
 from framesink.runtime.executors.cuda.paged_cache import PagedCache
 from framesink.runtime.executors.cuda.weights import DecoderLayer, LanguageModelWeights
@@ -18,15 +18,6 @@ from framesink.runtime.models.config import TextConfig
 
 # (layer, its projected q/k/v, its pages, where the result goes)
 Attend = Callable[[Linear, Tensor, LayerPages, Tensor], None]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class NewRows:
-    """New tokens of a step: `positions` int32 `[3, m]`; `bases` and `slots` int32 `[m]`."""
-
-    positions: Tensor
-    bases: Tensor
-    slots: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,10 +62,7 @@ class LanguageModel:
         operations = self._layers.operations
 
         def attend(output: Linear, qkv: Tensor, pages: LayerPages, mixed: Tensor) -> None:
-            self._append(qkv, rows, pages)
-            operations.paged_decode(
-                qkv, self._rotary, rows.positions, tiles, pages, mixed, output.input
-            )
+            operations.paged_decode(qkv, self._rotary, rows, tiles, pages, mixed, output.input)
 
         hidden, delta = self._run(hidden, attend)
         return self._logits(hidden, delta)
@@ -95,19 +83,20 @@ class LanguageModel:
         """
         operations = self._layers.operations
         single = 0 if tiles is None else len(tiles.rows)
+        decodes, prompts = rows.part(slice(single)), rows.part(slice(single, None))
 
         def attend(output: Linear, qkv: Tensor, pages: LayerPages, mixed: Tensor) -> None:
-            self._append(qkv, rows, pages)
             if tiles is not None:
                 operations.paged_decode(
                     qkv[:single],
                     self._rotary,
-                    rows.positions[:, :single],
+                    decodes,
                     tiles,
                     pages,
                     mixed[:single],
                     output.input,
                 )
+            operations.rotate_and_append(qkv[single:], self._rotary, prompts, pages)
             operations.paged_prefill(
                 qkv[single:],
                 self._rotary,
@@ -121,11 +110,6 @@ class LanguageModel:
 
         hidden, delta = self._run(hidden, attend)
         return self._logits(hidden[parts.last], delta[parts.last])
-
-    def _append(self, qkv: Tensor, rows: NewRows, pages: LayerPages) -> None:
-        self._layers.operations.rotate_and_append(
-            qkv, self._rotary, rows.positions, rows.bases, rows.slots, pages
-        )
 
     def _run(self, hidden: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         """All layers; the last one's result is left to be added to `hidden`."""

@@ -13,7 +13,7 @@ from framesink.runtime.executors.cuda.kernels.linear import Weights
 from framesink.runtime.executors.cuda.kernels.pages import LayerPages
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
 from framesink.runtime.executors.cuda.kernels.step_tokens import Choosing, TileChanges
-from framesink.runtime.executors.cuda.kernels.tiles import DeviceRows, DeviceTiles
+from framesink.runtime.executors.cuda.kernels.tiles import DeviceRows, DeviceTiles, NewRows
 from framesink.runtime.preprocess import Grid, PreprocessConfig
 
 
@@ -43,9 +43,7 @@ class Operations(Protocol):
         self,
         qkv: Tensor,
         rotary: RotaryTable,
-        positions: Tensor,
-        bases: Tensor,
-        slots: Tensor,
+        rows: NewRows,
         pages: LayerPages,
         /,
     ) -> None:
@@ -57,14 +55,15 @@ class Operations(Protocol):
         self,
         qkv: Tensor,
         rotary: RotaryTable,
-        positions: Tensor,
+        rows: NewRows,
         tiles: DeviceTiles,
         pages: LayerPages,
         out: Tensor,
         output: OutputFormat,
         /,
     ) -> None:
-        """Attention of one new token per sequence, to tiles that include it."""
+        """Write a new row of each sequence into the pages, and attend from it to tiles that include
+        it."""
         ...
 
     def paged_prefill(

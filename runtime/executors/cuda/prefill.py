@@ -14,8 +14,8 @@ from framesink.runtime.arrays import Int32Array
 from framesink.runtime.executors.base import SequenceInput
 from framesink.runtime.executors.cuda.context_tables import ContextTables
 from framesink.runtime.executors.cuda.decode import DecodeRunner, StepResult
-from framesink.runtime.executors.cuda.kernels.tiles import DeviceRows
-from framesink.runtime.executors.cuda.language_model import LanguageModel, NewRows, PackedParts
+from framesink.runtime.executors.cuda.kernels.tiles import DeviceRows, NewRows
+from framesink.runtime.executors.cuda.language_model import LanguageModel, PackedParts
 from framesink.runtime.executors.cuda.staging import Staging
 from framesink.runtime.executors.cuda.token_choice import TokenChooser
 

@@ -6,29 +6,27 @@ from torch import Tensor
 
 from framesink.runtime.executors.cuda.kernels.overlap import await_inputs, overlapping
 from framesink.runtime.executors.cuda.kernels.pages import (
-    PLACE_BITS,
     LayerPages,
     code_of,
     number_of,
     pack,
+    packed_place,
     row_offsets,
 )
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable, turn
+from framesink.runtime.executors.cuda.kernels.tiles import NewRows
 
 
 def rotate_and_append(
     qkv: Tensor,
     rotary: RotaryTable,
-    positions: Tensor,
-    bases: Tensor,
-    slots: Tensor,
+    rows: NewRows,
     pages: LayerPages,
 ) -> None:
     """Rotate queries and keys in place, and write keys and values into the pages of one layer.
 
     `qkv` `[M, (H + 2·Hkv)·D]` are the projections with their biases. Queries and keys are turned by
-    `positions` int32 `[3, M]`. The pages take keys turned by their place alone, positions - `bases`
-    int32 `[M]`, and values, at `slots` int32 `[M]`; a token of slot -1 has no row to write.
+    their positions. The pages take keys turned by their place alone, position - base, and values.
     Rotations are computed in float32.
 
     Where pages hold codes, keys come without their bias, which is added, and keys and values in
@@ -37,13 +35,13 @@ def rotate_and_append(
     key_heads, head_dim, codes = pages.key_heads, pages.head_dim, pages.codes
     heads = qkv.shape[1] // head_dim - 2 * key_heads
     group = heads // key_heads
-    _rotate_and_append[(len(slots), key_heads)](
+    _rotate_and_append[(len(qkv), key_heads)](
         qkv,
         rotary.cos,
         rotary.sin,
-        positions,
-        bases,
-        slots,
+        rows.positions,
+        rows.bases,
+        rows.slots,
         pages.keys,
         pages.values,
         pages.keys if codes is None else codes.key_scale,
@@ -51,7 +49,7 @@ def rotate_and_append(
         pages.keys if codes is None else codes.key_bias,
         pages.keys if codes is None else codes.places,
         qkv.stride(0),
-        positions.stride(0),
+        rows.positions.stride(0),
         GROUP=group,
         ROWS=triton.next_power_of_2(group),
         KEY_HEADS=key_heads,
@@ -152,14 +150,5 @@ def _rotate_and_append(
         tl.store(v_pages + at, pack(first_code, second_code), mask=written)
         tl.store(value, number_of(first_code, SCHEME).to(tl.float32) * scale)
         tl.store(value + HALF, number_of(second_code, SCHEME).to(tl.float32) * scale)
-        packed = _place(positions, base, 2, token, positions_stride) << PLACE_BITS
-        packed |= _place(positions, base, 1, token, positions_stride)
-        packed = packed << PLACE_BITS
-        packed |= _place(positions, base, 0, token, positions_stride)
+        packed = packed_place(positions + token, positions_stride, base)
         tl.store(places + slot, packed, mask=written & (head == 0))
-
-
-@triton.jit
-def _place(positions, base, axis, token, positions_stride):
-    """A token's place on one axis, int64."""
-    return (tl.load(positions + axis * positions_stride + token) - base).to(tl.int64)

@@ -55,6 +55,7 @@ def gather_context(
         qkv.stride(0),
         rows.slots.stride(0),
         room,
+        len(rotary.cos),
         key_offset=qkv.shape[1] - 2 * key_heads * head_dim,
         BLOCK=_BLOCK,
         KEY_HEADS=key_heads,
@@ -70,7 +71,7 @@ def gather_context(
     return keys, values
 
 
-@triton.jit(do_not_specialize=("rows_stride", "room"))
+@triton.jit(do_not_specialize=("rows_stride", "room", "reach"))
 def _gather_context(
     qkv,
     cosines,
@@ -90,6 +91,7 @@ def _gather_context(
     qkv_stride,
     rows_stride,
     room,
+    reach,
     key_offset,
     BLOCK: tl.constexpr,
     KEY_HEADS: tl.constexpr,
@@ -134,7 +136,7 @@ def _gather_context(
         first = tl.where(from_pages, first.to(tl.float32) * scale, 0.0)
         second = tl.where(from_pages, second.to(tl.float32) * scale, 0.0)
         first, second = turn(first, second, cosines, sines, base[:, None], pair, HALF)
-        t, h, w = positions_of(tl.load(places + slot, mask=older, other=0), base)
+        t, h, w = positions_of(tl.load(places + slot, mask=older, other=0), base, reach)
         later = tl.where(pair < HEIGHT_END, h[:, None], w[:, None])
         position = tl.where(pair < TIME_END, t[:, None], later)
         bias = key_bias + head * HEAD_DIM + pair

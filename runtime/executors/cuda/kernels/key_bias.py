@@ -14,7 +14,7 @@ from torch import Tensor
 from framesink.runtime.executors.cuda.kernels.attention_parts import LOG2_E
 from framesink.runtime.executors.cuda.kernels.overlap import await_inputs, overlapping
 from framesink.runtime.executors.cuda.kernels.pages import LayerPages
-from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
+from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable, turn
 
 # Query heads of one K/V head in a table, at least: 32 bytes are one access.
 _MIN_HEADS = 8
@@ -29,9 +29,9 @@ def key_bias_scores(
 ) -> Tensor:
     """Tables of scores · log2 e for B new tokens, float32 `[B, Hkv, positions, 3, heads]`.
 
-    `qkv` as `rotate_and_append` left it; `positions` int32 `[3, B]`. Tables have the query heads of
-    one K/V head, filled up to a power of two of at least 8, and are written up to the new token's
-    own position. Raises ValueError for pages that hold keys with their bias.
+    `qkv` `[B, (H + 2·Hkv)·D]` is not turned yet; `positions` int32 `[3, B]`. Tables have the query
+    heads of one K/V head, filled up to a power of two of at least 8, and are written up to the new
+    token's own position. Raises ValueError for pages that hold keys with their bias.
     """
     if pages.codes is None:
         raise ValueError("these pages hold keys with their bias")
@@ -111,6 +111,9 @@ def _key_bias_scores(
     query = query[:, None] + pair[None, :]
     first = tl.load(query, mask=turns, other=0.0).to(tl.float32) * score_scale
     second = tl.load(query + HALF, mask=turns, other=0.0).to(tl.float32) * score_scale
+    own = positions + pair_axis[None, :] * positions_stride + sequence[:, None]
+    own = tl.load(own, mask=turns, other=0)
+    first, second = turn(first, second, cosines, sines, own, pair[None, :], HALF)
     bias = key_bias + head * HEAD_DIM + pair
     first_bias = tl.load(bias)[None, :]
     second_bias = tl.load(bias + HALF)[None, :]

@@ -1,4 +1,4 @@
-"""Attention of one new token per sequence, straight on the pages.
+"""Attention of one new token per sequence, straight on the pages, and its own row written.
 
 The rows of a tile are the rows of the matrix products, and the query heads of one K/V head their
 columns: the least that a matrix instruction takes are 16 rows, but 8 columns.
@@ -15,13 +15,22 @@ from framesink.runtime.executors.cuda.kernels.key_bias import key_bias_scores
 from framesink.runtime.executors.cuda.kernels.overlap import await_inputs, overlapping
 from framesink.runtime.executors.cuda.kernels.pages import (
     LayerPages,
+    code_of,
     converts_in_pairs,
+    number_of,
+    pack,
+    packed_place,
     positions_of,
     row_offsets,
     unpack,
 )
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable, turn
-from framesink.runtime.executors.cuda.kernels.tiles import NO_SLOT, TILE_ROWS, DeviceTiles
+from framesink.runtime.executors.cuda.kernels.tiles import (
+    NO_SLOT,
+    TILE_ROWS,
+    DeviceTiles,
+    NewRows,
+)
 
 # The fewest columns of a matrix product.
 _MIN_HEADS = 8
@@ -36,18 +45,20 @@ _STAGES = 3
 def paged_decode(
     qkv: Tensor,
     rotary: RotaryTable,
-    positions: Tensor,
+    rows: NewRows,
     tiles: DeviceTiles,
     pages: LayerPages,
     out: Tensor,
     output_format: OutputFormat,
     splits: int | None = None,
 ) -> None:
-    """Attend from each sequence's newest token to its tiles, which include that token's own row.
+    """Write the row of each sequence's newest token, and attend from it to the sequence's tiles,
+    which include that row.
 
-    `qkv` `[B, (H + 2·Hkv)·D]` as `rotate_and_append` left it; `positions` int32 `[3, B]` those of
-    the new tokens; `out` `[B, H·D]`. Every context is split into `splits` parts, by default so many
-    that they fill the GPU. What is launched depends on shapes alone, so a CUDA graph can hold it.
+    `qkv` `[B, (H + 2·Hkv)·D]` are the projections, the keys' without bias where pages hold codes;
+    they are left as they are. `out` `[B, H·D]`. Every context is split into `splits` parts, by
+    default so many that they fill the GPU. What is launched depends on shapes alone, so a CUDA
+    graph can hold it.
     """
     batch = len(qkv)
     key_heads, head_dim, codes = pages.key_heads, pages.head_dim, pages.codes
@@ -58,11 +69,14 @@ def paged_decode(
     group = heads // key_heads
     bias_scores = None
     if codes is not None:
-        bias_scores = key_bias_scores(qkv, rotary, positions, pages)
+        bias_scores = key_bias_scores(qkv, rotary, rows.positions, pages)
     _paged_decode[(batch, key_heads, splits)](
         qkv,
         rotary.cos,
         rotary.sin,
+        rows.positions,
+        rows.bases,
+        rows.slots,
         tiles.rows,
         tiles.bases,
         tiles.slots,
@@ -71,11 +85,13 @@ def paged_decode(
         pages.values,
         pages.keys if codes is None else codes.key_scale,
         pages.keys if codes is None else codes.value_scale,
+        pages.keys if codes is None else codes.key_bias,
         pages.keys if codes is None else codes.places,
         bias_scores,
         parts.values,
         parts.softmax,
         qkv.stride(0),
+        rows.positions.stride(0),
         tiles.bases.stride(0),
         len(rotary.cos),
         LOG2_E / head_dim**0.5,
@@ -86,6 +102,8 @@ def paged_decode(
         PAGE=pages.page_size,
         TILE=TILE_ROWS,
         NO_SLOT=NO_SLOT,
+        TIME_END=rotary.time_end,
+        HEIGHT_END=rotary.height_end,
         SCHEME=pages.scheme.value,
         IN_PAIRS=converts_in_pairs(qkv.device, pages.scheme),
         num_warps=_WARPS,
@@ -111,6 +129,9 @@ def _paged_decode(
     qkv,
     cosines,
     sines,
+    positions,
+    bases,
+    new_slots,
     tile_rows,
     tile_bases,
     tile_slots,
@@ -119,11 +140,13 @@ def _paged_decode(
     v_pages,
     key_scale,
     value_scale,
+    key_bias,
     places,
     bias_scores,
     values,
     softmax,
     qkv_stride,
+    positions_stride,
     tiles_stride,
     reach,
     score_scale,
@@ -134,6 +157,8 @@ def _paged_decode(
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
     NO_SLOT: tl.constexpr,
+    TIME_END: tl.constexpr,
+    HEIGHT_END: tl.constexpr,
     SCHEME: tl.constexpr,
     IN_PAIRS: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -157,22 +182,72 @@ def _paged_decode(
     DTYPE: tl.constexpr = INPUT if SCHEME == "16bit" else EXACT
     query_head = tl.arange(0, HEADS)
     pair = tl.arange(0, HALF)
-    channel = tl.arange(0, WIDTH)
     in_group = query_head < GROUP
-    query = qkv + sequence.to(tl.int64) * qkv_stride + head * GROUP * HEAD_DIM
-    query = query + query_head[None, :] * HEAD_DIM + pair[:, None]
+    start = qkv + sequence.to(tl.int64) * qkv_stride
+    query = start + head * GROUP * HEAD_DIM + query_head[None, :] * HEAD_DIM + pair[:, None]
     first = tl.load(query, mask=in_group[None, :], other=0.0).to(tl.float32) * score_scale
     second = tl.load(query + HALF, mask=in_group[None, :], other=0.0).to(tl.float32) * score_scale
-    if SCHEME != "16bit":
-        scale = tl.load(key_scale + head * HALF + pair)[:, None]
-        first *= scale
-        second *= scale
 
-    maximum = tl.full((HEADS,), -1e30, tl.float32)
-    total = tl.zeros((HEADS,), tl.float32)
-    # Of all channels, or of the first and of the second half.
-    mixed = tl.zeros((WIDTH, HEADS), tl.float32)
-    mixed_second = tl.zeros((HALF, HEADS), tl.float32)
+    # The new row: written by the first part, which also begins with it; none reads it.
+    new_slot = tl.load(new_slots + sequence)
+    new_base = tl.load(bases + sequence)
+    is_first = (split == 0) & (new_slot >= 0)
+    axis = tl.where(pair < TIME_END, 0, tl.where(pair < HEIGHT_END, 1, 2))
+    position = tl.load(positions + axis * positions_stride + sequence)
+    new_key = start + (GROUP * KEY_HEADS + head) * HEAD_DIM + pair
+    new_value = new_key + KEY_HEADS * HEAD_DIM
+    first_key, second_key = turn(
+        tl.load(new_key).to(tl.float32),
+        tl.load(new_key + HALF).to(tl.float32),
+        cosines,
+        sines,
+        position - new_base,
+        pair,
+        HALF,
+    )
+    new_row = row_offsets(new_slot, head, KEY_HEADS, WIDTH, PAGE) + pair
+    if SCHEME == "16bit":
+        bias_score = tl.zeros((HEADS,), tl.float32)
+        first_key = first_key.to(k_pages.dtype.element_ty)
+        second_key = second_key.to(k_pages.dtype.element_ty)
+        tl.store(k_pages + new_row, first_key, mask=is_first)
+        tl.store(k_pages + new_row + HALF, second_key, mask=is_first)
+        first_value = tl.load(new_value)
+        second_value = tl.load(new_value + HALF)
+        tl.store(v_pages + new_row, first_value, mask=is_first)
+        tl.store(v_pages + new_row + HALF, second_value, mask=is_first)
+    else:
+        own_bias = key_bias + head * HEAD_DIM + pair
+        bias_score = tl.sum(first * tl.load(own_bias)[:, None], axis=0)
+        bias_score += tl.sum(second * tl.load(own_bias + HALF)[:, None], axis=0)
+        scale = tl.load(key_scale + head * HALF + pair)
+        first_code = code_of(first_key / scale, SCHEME)
+        second_code = code_of(second_key / scale, SCHEME)
+        tl.store(k_pages + new_row, pack(first_code, second_code), mask=is_first)
+        first_key = number_of(first_code, SCHEME)
+        second_key = number_of(second_code, SCHEME)
+        first *= scale[:, None]
+        second *= scale[:, None]
+        scale = tl.load(value_scale + head)
+        first_code = code_of(tl.load(new_value).to(tl.float32) / scale, SCHEME)
+        second_code = code_of(tl.load(new_value + HALF).to(tl.float32) / scale, SCHEME)
+        tl.store(v_pages + new_row, pack(first_code, second_code), mask=is_first)
+        first_value = number_of(first_code, SCHEME)
+        second_value = number_of(second_code, SCHEME)
+        new_place = packed_place(positions + sequence, positions_stride, new_base)
+        tl.store(places + new_slot, new_place, mask=is_first & (head == 0))
+    at_place = (position - new_base)[:, None]
+    turned_first, turned_second = turn(first, second, cosines, sines, at_place, pair[:, None], HALF)
+    maximum = tl.sum(turned_first * first_key.to(tl.float32)[:, None], axis=0) + bias_score
+    maximum += tl.sum(turned_second * second_key.to(tl.float32)[:, None], axis=0)
+    maximum = tl.where(is_first, maximum, -1e30)
+    total = tl.zeros((HEADS,), tl.float32) + tl.where(is_first, 1.0, 0.0)
+    nothing = tl.zeros((HALF, HEADS), tl.float32)
+    mixed = tl.where(is_first, first_value.to(tl.float32)[:, None], nothing)
+    mixed_second = tl.where(is_first, second_value.to(tl.float32)[:, None], nothing)
+
+    # The query at its own position, from which every tile turns it back.
+    first, second = turn(first, second, cosines, sines, position[:, None], pair[:, None], HALF)
     # What a tile is, is known one tile ahead, so that its keys and values can be prefetched.
     member = tl.arange(0, TILE)
     base = tl.load(tile_bases + begin, mask=begin < end, other=0)
@@ -182,19 +257,19 @@ def _paged_decode(
         place = tl.load(places + slots)
         following = tile_slots + (begin + 1) * TILE + member
         later_slots = tl.load(following, mask=begin + 1 < end, other=NO_SLOT)
-        own = (sequence * KEY_HEADS + head).to(tl.int64) * reach * (3 * HEADS)
-        own_bias = bias_scores + own + query_head[None, :]
+        table = (sequence * KEY_HEADS + head).to(tl.int64) * reach * (3 * HEADS)
+        table = bias_scores + table + query_head[None, :]
     for tile in range(begin, end):
         turned_first, turned_second = turn(
             first, second, cosines, sines, -base, pair[:, None], HALF
         )
-        visible = slots != NO_SLOT
+        visible = (slots != NO_SLOT) & (slots != new_slot)
         at = row_offsets(slots, head, KEY_HEADS, WIDTH, PAGE)
         if SCHEME != "16bit":
-            t, h, w = positions_of(place, base)
-            bias = tl.load(own_bias + t[:, None] * (3 * HEADS))
-            bias += tl.load(own_bias + h[:, None] * (3 * HEADS) + HEADS)
-            bias += tl.load(own_bias + w[:, None] * (3 * HEADS) + 2 * HEADS)
+            t, h, w = positions_of(place, base, reach)
+            bias = tl.load(table + t[:, None] * (3 * HEADS))
+            bias += tl.load(table + h[:, None] * (3 * HEADS) + HEADS)
+            bias += tl.load(table + w[:, None] * (3 * HEADS) + 2 * HEADS)
             place = tl.load(places + later_slots)
             following = tile_slots + (tile + 2) * TILE + member
             later_slots = tl.load(following, mask=tile + 2 < end, other=NO_SLOT)
@@ -202,16 +277,17 @@ def _paged_decode(
         slots = tl.load(tile_slots + (tile + 1) * TILE + member, mask=more, other=NO_SLOT)
         base = tl.load(tile_bases + tile + 1, mask=more, other=0)
         key = k_pages + at[:, None] + pair[None, :]
-        value = v_pages + at[None, :] + channel[:, None]
+        value = v_pages + at[None, :] + pair[:, None]
         if SCHEME == "16bit":
             first_keys = tl.load(key, mask=visible[:, None], other=0.0)
             second_keys = tl.load(key + HALF, mask=visible[:, None], other=0.0)
-            value = tl.load(value, mask=visible[None, :], other=0.0)
+            first_values = tl.load(value, mask=visible[None, :], other=0.0)
+            second_values = tl.load(value + HALF, mask=visible[None, :], other=0.0)
         else:
             words = tl.load(key, mask=visible[:, None], other=0)
             first_keys, second_keys = unpack(words, SCHEME, IN_PAIRS)
             words = tl.load(value, mask=visible[None, :], other=0)
-            value, second_value = unpack(words, SCHEME, IN_PAIRS)
+            first_values, second_values = unpack(words, SCHEME, IN_PAIRS)
         scores = tl.dot(first_keys.to(DTYPE), turned_first.to(DTYPE))
         scores = tl.dot(second_keys.to(DTYPE), turned_second.to(DTYPE), scores)
         if SCHEME != "16bit":
@@ -223,18 +299,17 @@ def _paged_decode(
         maximum = highest
         total = total * shrink + tl.sum(weights, axis=0)
         weights = weights.to(DTYPE)
-        mixed = tl.dot(value.to(DTYPE), weights, mixed * shrink[None, :])
-        if SCHEME != "16bit":
-            mixed_second = tl.dot(second_value.to(DTYPE), weights, mixed_second * shrink[None, :])
+        mixed = tl.dot(first_values.to(DTYPE), weights, mixed * shrink[None, :])
+        mixed_second = tl.dot(second_values.to(DTYPE), weights, mixed_second * shrink[None, :])
 
+    if SCHEME != "16bit":
+        scale = tl.load(value_scale + head)
+        mixed *= scale
+        mixed_second *= scale
     head_row = (sequence * KEY_HEADS + head).to(tl.int64) * GROUP + query_head
     part = head_row * splits + split
     tl.store(softmax + 2 * part, maximum, mask=in_group)
     tl.store(softmax + 2 * part + 1, total, mask=in_group)
-    target = values + part[None, :] * HEAD_DIM + channel[:, None]
-    if SCHEME == "16bit":
-        tl.store(target, mixed, mask=in_group[None, :])
-    else:
-        scale = tl.load(value_scale + head)
-        tl.store(target, mixed * scale, mask=in_group[None, :])
-        tl.store(target + HALF, mixed_second * scale, mask=in_group[None, :])
+    target = values + part[None, :] * HEAD_DIM + pair[:, None]
+    tl.store(target, mixed, mask=in_group[None, :])
+    tl.store(target + HALF, mixed_second, mask=in_group[None, :])

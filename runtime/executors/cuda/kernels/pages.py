@@ -174,11 +174,25 @@ def number_of(code, SCHEME: tl.constexpr):
 
 
 @triton.jit
-def positions_of(places, base):
-    """Positions t, h, w, int32, of rows with `places` and of `base`; 0 where they would be less,
-    which no row's are."""
+def positions_of(places, base, end):
+    """Positions t, h, w, int32, of rows with `places` and of `base`. What is no row's place leads
+    to some position within `[0, end)` all the same."""
     later = places >> PLACE_BITS
     t = (places & _PLACE_MASK).to(tl.int32) + base
     h = (later & _PLACE_MASK).to(tl.int32) + base
     w = (later >> PLACE_BITS).to(tl.int32) + base
-    return tl.maximum(t, 0), tl.maximum(h, 0), tl.maximum(w, 0)
+    return _within(t, end), _within(h, end), _within(w, end)
+
+
+@triton.jit
+def _within(position, end):
+    return tl.minimum(tl.maximum(position, 0), end - 1)
+
+
+@triton.jit
+def packed_place(positions, stride, base):
+    """The place of a token whose position on axis a is at `positions` + a · `stride`."""
+    t = (tl.load(positions) - base).to(tl.int64)
+    h = (tl.load(positions + stride) - base).to(tl.int64)
+    w = (tl.load(positions + 2 * stride) - base).to(tl.int64)
+    return (((w << PLACE_BITS) | h) << PLACE_BITS) | t

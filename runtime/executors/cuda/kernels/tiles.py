@@ -23,6 +23,20 @@ _INITIAL_TILES = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class NewRows:
+    """New tokens of a step on the GPU: M-RoPE `positions` int32 `[3, m]`; `bases` and `slots` int32
+    `[m]`, slot -1 for a token that has no row to write."""
+
+    positions: "Tensor"
+    bases: "Tensor"
+    slots: "Tensor"
+
+    def part(self, tokens: slice) -> "NewRows":
+        """Some of the tokens, without a copy."""
+        return NewRows(self.positions[:, tokens], self.bases[tokens], self.slots[tokens])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class DeviceTiles:
     """The tiles of R contexts on the GPU, padded to T, and which of those B sequences have.
 
