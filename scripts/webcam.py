@@ -3,7 +3,14 @@
 import sys
 import threading
 
-from framesink import ChunkStream, FramesinkError, Session, StreamingEngine, open_source
+from framesink import (
+    ChunkStream,
+    FramesinkError,
+    RealTime,
+    Session,
+    StreamingEngine,
+    open_source,
+)
 
 
 def show(session: Session) -> None:
@@ -15,7 +22,7 @@ def narrate(bundle: str, source: str = "0") -> None:
     with (
         ChunkStream(open_source(source)) as chunks,
         StreamingEngine.load(bundle) as engine,
-        engine.open_session(query="Say what happens.") as session,
+        engine.open_session(query="Say what happens.", real_time=RealTime()) as session,
     ):
         printer = threading.Thread(target=show, args=(session,))
         printer.start()

@@ -15,8 +15,16 @@ from framesink.serving.endpoints import free_ports
 from framesink.serving.options import ServeOptions
 from framesink.serving.supervisor import Supervisor
 
-# Small, so that what they bound can be waited for; large enough for a busy machine of two cores.
-QUICK = {"threads": 1, "max_sessions": 40, "idle_seconds": 5.0, "resume_seconds": 1.0}
+# Small, so that what they bound can be waited for; large enough for a busy machine of two cores,
+# whose sessions say the same however late they are.
+QUICK = {
+    "threads": 1,
+    "max_sessions": 40,
+    "idle_seconds": 5.0,
+    "resume_seconds": 1.0,
+    "admission": "none",
+    "ladder": "none",
+}
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,16 @@ CHUNK = np.full((2, 112, 112, 3), 90, np.uint8)
 CHUNKS = 4
 MAIN = "from framesink.cli.main import main; main()"
 PORTS = ("grpc", "http", "metrics")
-SUMMARY_ROWS = ("serving", "gRPC", "health", "metrics", "models", "executor", "limits")
+SUMMARY_ROWS = (
+    "serving",
+    "gRPC",
+    "health",
+    "metrics",
+    "models",
+    "executor",
+    "capacity",
+    "limits",
+)
 
 
 class Command:
@@ -78,6 +87,7 @@ def test_told_to_stop_it_answers_what_waits(command: Command, demo_bundle: Path,
     assert str(demo_bundle) in rows["serving"]
     assert rows["gRPC"] == f"127.0.0.1:{command.grpc_port} (no TLS)"
     assert rows["executor"].startswith("onnxruntime on the CPU: ")
+    assert re.match(r"\d+ live streams? fit \(\d+ by time, of which one takes ", rows["capacity"])
     assert command.health() == 200
 
     with connect(f"127.0.0.1:{command.grpc_port}") as client:

@@ -20,6 +20,9 @@ from framesink.serving.log_format import SessionLog, configure_logging
 from framesink.serving.metrics import BATCH_SIZES, SECONDS, ServingMetrics
 from framesink.serving.session_end import EndReason
 
+STATS = EngineStats(
+    4, 30, 50, 200, 2, 44, 1, 3.0, 0.01, 0.01, 0.5, predicted_load=0.6, rungs={0: 1, 2: 2, 7: 1}
+)
 DASHBOARD = Path(__file__).parents[1] / "docs" / "grafana" / "framesink.json"
 
 
@@ -64,9 +67,12 @@ def test_what_is_recorded_arrives_with_the_next_flush() -> None:
     metrics.reply_ended(final(EventKind.ERROR, timed=False))
     metrics.refused(StatusCode.UNAVAILABLE)
     metrics.refused(StatusCode.UNAVAILABLE)
+    metrics.session_refused()
+    for change in (1, 1, 1, -1):
+        metrics.session_waits(change)
     metrics.session_opened()
     metrics.session_ended(EndReason.IDLE)
-    metrics.state(4, EngineStats(4, 30, 50, 200, 2, 44, 1, 3.0, 0.01, 0.01, 0.5))
+    metrics.state(4, STATS, streams_that_fit=9)
     assert not any(sink.values.values())
     metrics.flush()
     histograms = ("_bucket", "_sum", "_count")
@@ -82,6 +88,13 @@ def test_what_is_recorded_arrives_with_the_next_flush() -> None:
         ("framesink_sessions_opened_total",): 1,
         ("framesink_sessions_ended_total", "idle"): 1,
         ("framesink_sessions",): 4,
+        ("framesink_sessions_refused_total",): 1,
+        ("framesink_sessions_queued",): 2,
+        ("framesink_sessions_by_rung", "0"): 1,
+        ("framesink_sessions_by_rung", "2"): 2,
+        ("framesink_sessions_by_rung", "3+"): 1,
+        ("framesink_predicted_load",): 0.6,
+        ("framesink_streams_that_fit",): 9,
         ("framesink_kv_pages", "used"): 30,
         ("framesink_kv_pages", "free"): 170,
         ("framesink_kv_pages", "reserved"): 50,
@@ -139,7 +152,7 @@ def test_the_dashboard_shows_every_metric_and_no_other() -> None:
     shown = set(re.findall(r"framesink_\w+", " ".join(queries)))
     sink = RecordingSink()
     metrics = ServingMetrics(sink)
-    metrics.state(0, EngineStats(0, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0))
+    metrics.state(0, STATS, streams_that_fit=9)
     metrics.flush()
     names = {name for name, *_ in sink.values}
     assert shown <= names

@@ -92,6 +92,8 @@ def serving(bundle: Path, executor: str, threads: int | None) -> Iterator[Client
         executor=executor,
         threads=threads,
         max_sessions=len(ROADS),
+        admission="none",
+        ladder="none",
     )
     with Supervisor(bundle, options), connect(f"grpc://127.0.0.1:{grpc_port}") as client:
         yield client

@@ -12,6 +12,7 @@ import click
 from pydantic import ValidationError
 
 from framesink.runtime.errors import OptionError
+from framesink.runtime.load.ladder import ADMISSIONS, DEFAULT_LADDER
 from framesink.serving.options import ServeOptions
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -64,6 +65,26 @@ def _limit(name: str, help_text: str) -> Callable[[_Function], _Function]:
     default=True,
     show_default=True,
     help="Serve streaming_vlm and the models it is made of, beside language_model.",
+)
+@click.option(
+    "--admission",
+    type=click.Choice(ADMISSIONS),
+    default="check",
+    show_default=True,
+    help="Refuse a session that there is no time for beside the live ones, or none.",
+)
+@click.option(
+    "--wait-seconds",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="A session that finds no room waits so long for it, after those who came before.",
+)
+@click.option(
+    "--ladder",
+    default=DEFAULT_LADDER,
+    show_default=True,
+    help="What is halved, rung by rung, when replies are late; none: nothing.",
 )
 @_limit("idle_seconds", "A session without a request for so long is closed.")
 @_limit("resume_seconds", "A session whose client is gone waits so long for it to come back.")

@@ -25,6 +25,7 @@ def describe_server(supervisor: Supervisor) -> str:
         "metrics": f"http://{options.address}:{options.metrics_port}/metrics",
         "models": models,
         "executor": engine.executor_reason,
+        "capacity": engine.capacity,
         "limits": (
             f"{engine.max_sessions} sessions{pages}; idle {options.idle_seconds:g} s, resume "
             f"{options.resume_seconds:g} s"

@@ -16,6 +16,7 @@ from framesink.runtime.captions.writer import CaptionWriter
 from framesink.runtime.engine import StreamingEngine, default_sampling
 from framesink.runtime.errors import OptionError
 from framesink.runtime.executors.tensorrt_llm.options import TRIM_TURNS, TensorRTLLMOptions
+from framesink.runtime.load.ladder import DEFAULT_LADDER, Ladder, RealTime
 from framesink.runtime.manifest import StreamingDefaults
 from framesink.runtime.policies import FullAttention, Policy, SlidingWindow
 from framesink.runtime.sampler import SamplingParams
@@ -88,6 +89,12 @@ _COUNT = click.IntRange(min=1)
     help="When inference is late: keep the newest chunk, frames spread evenly over all that "
     "waits, or the frames that differ most.",
 )
+@click.option(
+    "--ladder",
+    default=DEFAULT_LADDER,
+    show_default=True,
+    help="Live sources: what is halved, rung by rung, when replies are late; none: nothing.",
+)
 @click.option("--fps", type=_POSITIVE, help="Frames per second the model sees.")
 @click.option("--max-chunks", type=_COUNT, help="Stop after so many chunks.")
 @click.option("--max-frame-pixels", type=_COUNT, default=LARGEST_FRAME_PIXELS, show_default=True)
@@ -122,6 +129,7 @@ def stream(source: str, engines: Path, asks: tuple[str, ...], **options: Any) ->
     ended early (what came before is narrated). Whatever ends it, captions said so far are kept.
     """
     questions = [TimedQuestion.parse(ask) for ask in asks]
+    ladder = Ladder.parse(options["ladder"])
     with ExitStack() as stack:
         writers: list[CaptionWriter] = []
         for writer_class, path in ((WebVttWriter, options["vtt"]), (JsonlWriter, options["jsonl"])):
@@ -146,12 +154,16 @@ def stream(source: str, engines: Path, asks: tuple[str, ...], **options: Any) ->
                 tensorrt_llm=_tensorrt_llm(options),
             )
         )
+        live = video.live or options["realtime"]
+        if live:
+            engine.measure_costs()
         session = engine.open_session(
             _policy(options, engine.defaults),
             options["query"],
             _sampling(options, engine.defaults),
             max_new_tokens=options["max_new_tokens"],
             max_pending_chunks=1,
+            real_time=RealTime(ladder=ladder) if live else None,
         )
         chunks = ChunkStream(
             video,
@@ -166,6 +178,8 @@ def stream(source: str, engines: Path, asks: tuple[str, ...], **options: Any) ->
         stack.callback(view.close)
         view.note(f"{video.name} → {engines}")
         view.note(engine.executor_reason)
+        if live:
+            view.note(engine.capacity().sentence())
         narration = Narration(
             engine,
             session,

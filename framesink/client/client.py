@@ -31,6 +31,7 @@ class SessionParameters(TypedDict, total=False):
     max_patches: int
     precision: str
     previous_text: str
+    ladder: str
 
 
 class Client:

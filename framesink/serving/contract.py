@@ -209,6 +209,13 @@ PARAMETERS: tuple[Parameter, ...] = (
         "what the session said before a crash; it stands before the first turn",
     ),
     Parameter(
+        "ladder",
+        "string",
+        "start",
+        "what is halved, rung by rung, when replies are late: frames, resolution, replies, with "
+        "commas between; none: nothing; default the server's",
+    ),
+    Parameter(
         "dropped", "integer", "any", "frames the client dropped before this chunk; default 0"
     ),
     Parameter(

@@ -16,6 +16,7 @@ from typing import TypeVar
 from framesink.runtime.engine import StreamingEngine
 from framesink.runtime.errors import BusyError, FramesinkError, SessionClosedError
 from framesink.runtime.events import Event, EventKind
+from framesink.runtime.load.ladder import RealTime
 from framesink.runtime.session import Session
 from framesink.serving import session_end
 from framesink.serving.errors import ServingError, StatusCode
@@ -37,13 +38,15 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What all sessions of a host share. `ended` is called once for each that is over."""
+    """What all sessions of a host share. `ended` is called once for each that is over. `entrance`
+    is held by the one that is next to be opened."""
 
     engine: StreamingEngine
     options: ServeOptions
     metrics: ServingMetrics
     workers: Workers
     ended: Callable[["HostedSession", End], None]
+    entrance: asyncio.Lock
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -149,26 +152,50 @@ class HostedSession:
                 self._finish_up(end)
 
     async def _open(self) -> None:
-        opening, options = self._opening, self._around.options
-        session = await self._run(
-            closed=StatusCode.UNAVAILABLE,  # the engine is: the session cannot be yet
-            work=lambda: self._around.engine.open_session(
-                opening.policy,
-                opening.query,
-                opening.sampling,
-                max_new_tokens=opening.max_new_tokens,
-                max_pending_chunks=options.max_pending_chunks + 1,
-                chunk_seconds=opening.chunk_seconds,
-                max_patches=opening.max_patches,
-                previous_text=opening.previous_text,
-            ),
-        )
+        self._around.metrics.session_waits(1)
+        try:
+            async with self._around.entrance:  # first come, first served
+                session = await self._enter()
+        finally:
+            self._around.metrics.session_waits(-1)
         self._session = session
         self._around.metrics.session_opened()
         self._log.info("The session was opened")
         self._tasks.append(asyncio.create_task(self._read(session)))
         if self._end is not None:
             session.close(wait=False)
+
+    async def _enter(self) -> Session:
+        """The engine's session. Where it has no room it is asked again, as long as the options
+        say."""
+        deadline = self._active_at + self._around.options.wait_seconds
+        while True:
+            try:
+                # Closed is the engine: the session cannot be yet.
+                return await self._run(self._open_session, closed=StatusCode.UNAVAILABLE)
+            except ServingError as error:
+                if error.code is not StatusCode.UNAVAILABLE:
+                    raise
+                if time.monotonic() >= deadline:
+                    self._around.metrics.session_refused()
+                    raise
+            if self._end is not None:
+                raise ServingError(self._end.code, self._end.sentence)
+            await asyncio.sleep(POLL_SECONDS)
+
+    def _open_session(self) -> Session:
+        opening, options = self._opening, self._around.options
+        return self._around.engine.open_session(
+            opening.policy,
+            opening.query,
+            opening.sampling,
+            max_new_tokens=opening.max_new_tokens,
+            max_pending_chunks=options.max_pending_chunks + 1,
+            chunk_seconds=opening.chunk_seconds,
+            max_patches=opening.max_patches,
+            previous_text=opening.previous_text,
+            real_time=RealTime(admission=options.admission, ladder=opening.ladder),
+        )
 
     async def _handle(self, request: SessionRequest, responder: Responder) -> None:
         turn = self._pushed

@@ -22,6 +22,7 @@ from framesink.serving.session_end import EndReason
 Write = Callable[[float], None]
 
 SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.0, 2.0, 4.0, 8.0, 16.0)
+RUNGS = ("0", "1", "2", "3+")
 BATCH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
@@ -83,6 +84,15 @@ class ServingMetrics:
             state: gauge("kv_pages", "K/V pages by state", state=state)
             for state in ("used", "free", "reserved")
         }
+        self._load = gauge("predicted_load", "share of the time that live sessions take")
+        self._fit = gauge("streams_that_fit", "live sessions of the default kind there is room for")
+        self._waiting = gauge("sessions_queued", "sessions that wait to be opened")
+        self._not_opened = counter("sessions_refused", "sessions that found no room")
+        self._by_rung = [
+            gauge("sessions_by_rung", "live sessions by the rung of their ladder", rung=name)
+            for name in RUNGS
+        ]
+        self._in_queue = 0
         self._opened = counter("sessions_opened", "sessions opened")
         self._ended = {
             reason: counter("sessions_ended", "sessions ended, by reason", reason=reason.value)
@@ -113,6 +123,15 @@ class ServingMetrics:
         """A session was opened."""
         self._add(self._opened)
 
+    def session_waits(self, change: int) -> None:
+        """One session more, or less, waits to be opened."""
+        with self._lock:
+            self._in_queue += change
+
+    def session_refused(self) -> None:
+        """A session found no room."""
+        self._add(self._not_opened)
+
     def session_ended(self, reason: EndReason) -> None:
         """A session ended, whoever ended it."""
         self._add(self._ended[reason])
@@ -137,10 +156,19 @@ class ServingMetrics:
             self._observe(self._itl, *event.timing.itl)
             self._observe(self._lag, event.lag)
 
-    def state(self, sessions: int, stats: EngineStats) -> None:
+    def state(self, sessions: int, stats: EngineStats, streams_that_fit: int) -> None:
         """Figures of now."""
+        lowest = len(RUNGS) - 1
         with self._lock:
             self._set[self._sessions] = sessions
+            self._set[self._waiting] = self._in_queue
+            self._set[self._fit] = streams_that_fit
+            if stats.predicted_load is not None:
+                self._set[self._load] = stats.predicted_load
+            for rung, write in enumerate(self._by_rung):
+                self._set[write] = sum(
+                    count for stood, count in stats.rungs.items() if min(stood, lowest) == rung
+                )
             self._set[self._pages["used"]] = stats.pages_used
             self._set[self._pages["free"]] = stats.pages_total - stats.pages_used
             self._set[self._pages["reserved"]] = stats.pages_reserved

@@ -170,6 +170,8 @@ class LanguageModel:
             threads=options.threads,
             observer=metrics,
         )
+        if options.admission == "check":
+            engine.measure_costs()
         self._pb_utils = pb_utils
         self._host = SessionHost(
             engine,
@@ -185,6 +187,7 @@ class LanguageModel:
                 executor_reason=engine.executor_reason,
                 max_sessions=engine.max_sessions,
                 num_pages=engine.stats().pages_total,
+                capacity=engine.capacity().sentence(),
                 process=os.getpid(),
             )
         )

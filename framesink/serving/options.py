@@ -10,10 +10,14 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     model_validator,
 )
+
+from framesink.runtime.errors import OptionError
+from framesink.runtime.load.ladder import DEFAULT_LADDER, Admission, Ladder
 
 PARAMETER = "framesink"
 
@@ -25,8 +29,17 @@ def _require_ipv4(address: str) -> str:
         raise ValueError("the address to listen on must be an IPv4 address") from error
 
 
+def _require_ladder(text: str) -> str:
+    try:
+        Ladder.parse(text)
+    except OptionError as error:
+        raise ValueError(str(error).rstrip(".")) from error
+    return text
+
+
 Port = Annotated[int, Field(ge=1, le=65535)]
 Address = Annotated[str, AfterValidator(_require_ipv4)]
+LadderText = Annotated[str, AfterValidator(_require_ladder)]
 
 
 class ServeOptions(BaseModel):
@@ -48,6 +61,10 @@ class ServeOptions(BaseModel):
     max_sessions: PositiveInt | None = None
     num_pages: PositiveInt | None = None
     ensemble: bool = True
+
+    admission: Admission = "check"
+    wait_seconds: NonNegativeFloat = 0.0
+    ladder: LadderText = DEFAULT_LADDER
 
     idle_seconds: PositiveFloat = 60.0
     resume_seconds: PositiveFloat = 10.0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from framesink.runtime.engine import default_sampling
 from framesink.runtime.errors import FramesinkError
+from framesink.runtime.load.ladder import Ladder
 from framesink.runtime.manifest import StreamingDefaults
 from framesink.runtime.policies import FullAttention, Policy, SinkWindow, SlidingWindow
 from framesink.runtime.sampler import SamplingParams
@@ -53,6 +54,7 @@ class Opening:
     chunk_seconds: float
     max_patches: int
     previous_text: str
+    ladder: Ladder | None
 
 
 def read_parameters(
@@ -118,6 +120,7 @@ def read_opening(
             chunk_seconds=float(values.get("chunk_seconds", defaults.chunk_seconds)),
             max_patches=int(values.get("max_patches", max_patches)),
             previous_text=previous,
+            ladder=Ladder.parse(str(values.get("ladder", options.ladder))),
         )
     except FramesinkError as error:
         raise _refusal(str(error)) from error

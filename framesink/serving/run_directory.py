@@ -21,11 +21,13 @@ _FAILURE = "failure"
 @dataclass(frozen=True, slots=True)
 class EngineReport:
     """What the language model runs on: the executor and why it was chosen (one sentence), the
-    sessions and pages it has room for, and its process id."""
+    sessions and pages it has room for, how many live streams fit (one sentence), and its process
+    id."""
 
     executor_reason: str
     max_sessions: int
     num_pages: int
+    capacity: str
     process: int
 
 

@@ -73,7 +73,7 @@ class SessionHost:
         workers = min(MAX_WORKERS, options.threads or os.cpu_count() or 1)
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="framesink-worker")
         self._surroundings = Surroundings(
-            engine, options, metrics, self._workers, self._session_ended
+            engine, options, metrics, self._workers, self._session_ended, asyncio.Lock()
         )
         self._loop = asyncio.new_event_loop()
         self._stopping = asyncio.Event()
@@ -189,7 +189,8 @@ class SessionHost:
         reporting = self._report is not None and not self._report.done()
         if now - self._reported_at >= REPORT_SECONDS and not reporting:
             self._reported_at = now
-            self._metrics.state(len(self._sessions), self._engine.stats())
+            fit = self._engine.capacity().streams
+            self._metrics.state(len(self._sessions), self._engine.stats(), fit)
             self._report = self._reporter.submit(self._metrics.flush)
 
     def _drain(self) -> None:

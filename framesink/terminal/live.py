@@ -110,7 +110,7 @@ def _said(event: Event, text: str) -> Text:
 
 
 def _status_line(status: Status) -> Text:
-    parts = (
+    parts = [
         f"lag {seconds(status.lag)}",
         f"{status.fps:.1f} FPS",
         f"TTFT {milliseconds(status.ttft)}",
@@ -118,5 +118,7 @@ def _status_line(status: Status) -> Text:
         f"KV {status.pages_used}/{status.pages_total} pages",
         f"context {status.context_tokens:,} tokens",
         f"dropped {status.dropped_frames}",
-    )
+    ]
+    if status.rung:
+        parts.append(f"degraded, rung {status.rung}")
     return Text(" │ ".join(parts), style="dim", no_wrap=True, overflow="ellipsis")

@@ -193,4 +193,5 @@ class Narration:
             pages_total=engine.pages_total,
             context_tokens=session.context_tokens,
             dropped_frames=session.dropped_frames,
+            rung=session.rung,
         )

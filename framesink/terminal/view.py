@@ -11,7 +11,8 @@ NO_ANSWER = "(no answer)"
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The moment's figures: times in seconds, None before there was a reply."""
+    """The moment's figures: times in seconds, None before there was a reply. `rung` is where the
+    stream stands on its ladder, 0 in full quality."""
 
     lag: float | None = None
     fps: float = 0.0
@@ -21,6 +22,7 @@ class Status:
     pages_total: int = 0
     context_tokens: int = 0
     dropped_frames: int = 0
+    rung: int = 0
 
 
 class View(Protocol):

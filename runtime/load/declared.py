@@ -37,7 +37,8 @@ class EngineCapacity:
         if self.by_pages is not None:
             reasons.append(f"{self.by_pages} by pages")
         reasons.append(f"{self.by_limit} by the limit on sessions")
-        return f"{self.streams} live streams fit ({', '.join(reasons)})"
+        streams = "1 live stream fits" if self.streams == 1 else f"{self.streams} live streams fit"
+        return f"{streams} ({', '.join(reasons)})"
 
 
 def text_tokens(plan: SessionPlan) -> int:

@@ -32,6 +32,7 @@ class Rung:
 
 
 FULL = Rung()
+MOST_RUNGS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,8 @@ class Ladder:
                 f"A ladder needs 0 < early < late and times above 0, not early={self.early:g}, "
                 f"late={self.late:g}, down_after={self.down_after:g}, up_after={self.up_after:g}."
             )
+        if len(self.rungs) > MOST_RUNGS:
+            raise OptionError(f"A ladder has at most {MOST_RUNGS} rungs, not {len(self.rungs)}.")
         for above, below in zip((FULL, *self.rungs), self.rungs, strict=False):
             shares = zip(above.shares, below.shares, strict=True)
             if above == below or any(lower > higher for higher, lower in shares):
@@ -76,7 +79,7 @@ class Ladder:
 
         Raises OptionError for anything else.
         """
-        names = [name.strip() for name in text.split(",")]
+        names = [name.strip() for name in text.split(",", MOST_RUNGS)]
         if names == ["none"]:
             return None
         rungs: list[Rung] = []
