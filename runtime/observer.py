@@ -7,7 +7,8 @@ from typing import Protocol
 @dataclass(frozen=True, slots=True)
 class StepReport:
     """One step: how many sequences decoded in it, how many prompt parts it wrote, the tokens of
-    both, and how long it took."""
+    both, and the seconds it took: from its launch, or the end of the step before if that came
+    later, to its end."""
 
     decoding: int
     prefilling: int

@@ -10,18 +10,23 @@ from reference.triton_device import HAS_GPU
 from framesink.build.options import BuildOptions
 from framesink.build.pipeline import build_bundle
 from framesink.build.reporter import SilentReporter
+from framesink.calibration.agreement import Agreement, compare_executors
+from framesink.calibration.recorded_turns import StreamSettings
 from framesink.runtime.arrays import UInt8Array
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.engine import StreamingEngine
+from framesink.runtime.executors import create_executor
 from framesink.runtime.policies import SinkWindow
 from framesink.runtime.preprocess import resize_frames
 from framesink.runtime.video.capture import ChunkStream
+from framesink.runtime.video.chunk import Chunk
 from framesink.runtime.video.source import open_source
 
 DEMO = Path(__file__).parents[1] / "demo"
 CHUNKS = 200
 TOGETHER = 4
 OFFSET = 13
+FEW_CHUNKS = 40
 # Small enough that text is cut and moved from the first minute on.
 POLICY = SinkWindow(sink_text=24, recent_text=40, vision_seconds=6, reply_turns=8)
 
@@ -95,3 +100,62 @@ def test_two_hundred_chunks_alone_and_together(bundle: Path, clip: list[UInt8Arr
         assert replies(engine, clip, 1) == expected[:1]
         assert replies(engine, clip, TOGETHER) == expected
         assert engine.stats().mean_batch > 1.5
+
+
+def test_sessions_that_end_in_flight_leave_no_trace(bundle: Path, clip: list[UInt8Array]) -> None:
+    """Others come and are closed in the middle of a prompt or a reply, whose pages are given to
+    whoever is next while the GPU still works on them."""
+    said: list[list[tuple[int, ...]]] = []
+    for disturbed in (False, True):
+        with engine_of(bundle, "cuda") as engine, engine.open_session(POLICY) as session:
+            said.append([])
+            for number in range(FEW_CHUNKS):
+                session.push(clip[number % len(clip)])
+                if disturbed:
+                    other = engine.open_session(POLICY)
+                    other.push(clip[(number + OFFSET) % len(clip)])
+                    for _ in range(1 + number % 9):
+                        engine._worker.run_once()
+                    other.close()
+                    engine.check_integrity()
+                engine.run_until_idle()
+                said[-1].append(list(session)[-1].tokens)
+            assert session.stats().evicted_tokens > 0
+    assert said[0] == said[1]
+
+
+def test_weights_and_pages_in_bfloat16(bundle: Path, clip: list[UInt8Array]) -> None:
+    """The likeliest token may be another than ONNX Runtime's where two are close."""
+    import torch
+
+    from framesink.runtime.executors.cuda import kernel_operations
+    from framesink.runtime.executors.cuda.executor import CudaExecutor
+    from framesink.runtime.executors.cuda.weight_source import BundleWeights
+
+    opened = Bundle.open(bundle)
+    manifest = opened.manifest
+    settings = StreamSettings.from_bundle(opened)
+    pages = settings.num_pages(manifest.page_size)
+    reference, _ = create_executor(opened, "onnxruntime", num_pages=pages)
+    device = torch.device("cuda", 0)
+    candidate = CudaExecutor(
+        manifest.model,
+        manifest.preprocess,
+        BundleWeights(opened, device),
+        manifest.limits,
+        num_pages=pages,
+        page_size=manifest.page_size,
+        dtype=torch.bfloat16,
+        vision_dtype=torch.bfloat16,
+        device=device,
+        operations=kernel_operations,
+    )
+    chunks = (
+        Chunk(clip[number], number, number + 1.0, (number, number + 0.5), 0.0)
+        for number in range(FEW_CHUNKS)
+    )
+    turns = compare_executors(reference, {"bf16": candidate}, settings, chunks)["bf16"]
+    agreement = Agreement.of(turns)
+    assert agreement.tokens > FEW_CHUNKS
+    assert agreement.top1 >= 0.98
+    assert agreement.kl <= 0.02

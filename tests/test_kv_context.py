@@ -30,6 +30,7 @@ def check(context: Context, expected: dict[int, tuple[list[int], int]]) -> None:
         for index in np.flatnonzero(view.valid)
     }
     assert found == expected
+    assert view.rows == len(expected)
     assert not view.positions[:, ~view.valid].any()
 
 

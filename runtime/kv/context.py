@@ -27,6 +27,7 @@ class Context:
         self._page_size = page_size
         self._number = next(_numbers)
         self._changes = 0
+        self._rows = 0
         self._rank: dict[int, int] = {}
         self._table: Int32Array = np.zeros(0, dtype=np.int32)
         self._positions: Int32Array = np.zeros((3, 0), dtype=np.int32)
@@ -42,6 +43,7 @@ class Context:
     def rebuild(self, slots: Int32Array, positions: Int32Array, bases: Int32Array) -> None:
         """Forget everything and add these rows, given in logical order (see `append`)."""
         self._changes += 1
+        self._rows = 0
         self._rank.clear()
         self._valid[:] = False
         self._positions[:] = 0
@@ -53,6 +55,7 @@ class Context:
         """Add rows: `slots` int32 `[n]`, `positions` int32 `[3, n]`, `bases` int32 `[n]`."""
         if slots.size == 0:
             return
+        self._rows += slots.size
         indices = self._indices(slots)
         self._positions[:, indices] = positions
         self._bases[indices] = bases
@@ -63,6 +66,7 @@ class Context:
         if slots.size == 0:
             return
         self._changes += 1
+        self._rows -= slots.size
         indices = self._indices(slots)
         self._valid[indices] = False
         self._positions[:, indices] = 0
@@ -84,6 +88,7 @@ class Context:
             valid=self._valid[:rows],
             bases=self._bases[:rows],
             edition=(self._number, self._changes),
+            rows=self._rows,
         )
 
     def _indices(self, slots: Int32Array) -> Int32Array:

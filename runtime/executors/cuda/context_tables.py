@@ -84,7 +84,7 @@ class ContextTables:
     def track(self, view: ContextView) -> TrackedContext:
         """The sequence whose context `view` is, its tiles brought up to date on the host."""
         tracked = self._tracked[_number(view)]
-        rows = int(np.count_nonzero(view.valid))
+        rows = int(np.count_nonzero(view.valid)) if view.rows is None else view.rows
         if tracked.edition != view.edition or tracked.rows != rows:
             tracked.tiles.rebuild(view)
             tracked.edition, tracked.rows, tracked.sent = view.edition, rows, False

@@ -136,11 +136,16 @@ class CudaExecutor:
                 self._chooser,
                 self._decode,
                 config.video_token_id,
-                page_size,
-                device,
+                sequences=largest,
+                tokens=limits.max_prefill,
+                context=limits.max_context,
+                page_size=page_size,
+                device=device,
             )
             if device.type == "cuda":
                 self._decode.capture()
+                self._prefill.capture()
+                torch.cuda.empty_cache()
                 torch.cuda.synchronize(device)
 
     @classmethod
@@ -222,8 +227,8 @@ class CudaExecutor:
             return self._answers.send(batch, places, result, with_logits)
 
     def _run(self, batch: Sequence[SequenceInput]) -> tuple[list[int], StepResult | None]:
-        """Launch a step. Steps of one new token alone are replayed; prompt parts are packed, with
-        such steps before them. Returns the result, and the places of the sequences in it."""
+        """Launch a step. Prompt parts are packed, with steps of one new token before them. Returns
+        the result, and the places of the sequences in it."""
         for given in batch:
             self._check_reach(given)
             if NEXT_TOKEN in given.token_ids and not self._tables.knows(given.context):
@@ -249,7 +254,7 @@ class CudaExecutor:
                 result = self._decode.run(len(decoding))
         else:
             self._vision.join(prepared.embeddings)
-            with self._measure("prefill"):
+            with self._measure("mixed" if decodes else "prefill"):
                 result = self._prefill.run(prepared)
         if choices is not None:
             self._chooser.replace(choices, result.logits, result.tokens)

@@ -1,49 +1,47 @@
 """Parts of prompts, of any number and length, packed one after another.
 
-Sequences that decode in the same step go before them: all read the weights together.
+Sequences that decode in the same step go before them: all read the weights together. Steps are
+filled up to a few shapes, of which the common ones are replayed as CUDA graphs: launching hundreds
+of kernels takes the host milliseconds, more while other threads want the interpreter.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from framesink.runtime.arrays import Int32Array
 from framesink.runtime.executors.base import SequenceInput
+from framesink.runtime.executors.cuda.capture import capture
 from framesink.runtime.executors.cuda.context_tables import ContextTables
 from framesink.runtime.executors.cuda.decode import DecodeRunner, StepResult
-from framesink.runtime.executors.cuda.kernels.tiles import DeviceRows, NewRows
 from framesink.runtime.executors.cuda.language_model import LanguageModel, PackedParts
+from framesink.runtime.executors.cuda.packed_step import PackedStep, StepShape, StepShapes
 from framesink.runtime.executors.cuda.staging import Staging
 from framesink.runtime.executors.cuda.token_choice import TokenChooser
 
+# Steps of more parts are launched kernel by kernel.
+_CAPTURED_PARTS = 2
+# Integers of a step beside its contexts, for each token and each sequence.
+_TOKEN_INTEGERS = 8
+_SEQUENCE_INTEGERS = 64
+
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PreparedParts:
-    """What a run needs; every tensor holds its numbers once staging is sent.
+class PreparedStep:
+    """A step of `shape` with `answers` answers. The tokens `vision_places` int32 `[v]`, counted
+    from the first of the parts, are replaced by `embeddings` `[v, hidden]`."""
 
-    The step's first `decoding` tokens are decode steps; `tokens` int32 `[m]` are those of the parts
-    after them. All else is about both: `vision_places` int32 `[v]` are the tokens that `embeddings`
-    `[v, hidden]` replace, `last` int32 `[n]` those whose logits are wanted, `last_contexts` int32
-    `[n]` the rows of their contexts in the tables.
-    """
-
-    decoding: int
-    tokens: Tensor
-    rows: NewRows
-    starts: Tensor
-    longest: int
-    last: Tensor
-    last_contexts: Tensor
-    context: DeviceRows
+    shape: StepShape
+    answers: int
     vision_places: Tensor
     embeddings: tuple[Tensor, ...]
 
 
 class PrefillRunner:
-    """Runs parts of prompts."""
+    """Runs steps with parts of prompts."""
 
     def __init__(
         self,
@@ -53,55 +51,78 @@ class PrefillRunner:
         chooser: TokenChooser,
         decode: DecodeRunner,
         vision_token: int,
+        *,
+        sequences: int,
+        tokens: int,
+        context: int,
         page_size: int,
         device: torch.device,
     ) -> None:
-        """`vision_token` is the placeholder that vision embeddings replace."""
+        """For steps of at most `sequences` sequences, parts of at most `tokens` tokens together and
+        contexts of at most `context` rows. `vision_token` is the placeholder that vision embeddings
+        replace."""
         self._model = model
         self._tables = tables
         self._staging = staging
         self._chooser = chooser
         self._decode = decode
         self._vision_token = vision_token
+        self._sequences = sequences
+        self._context = context
         self._page_size = page_size
         self._device = device
+        self._shapes = StepShapes(sequences, tokens)
+        longest = self._shapes.most_tokens
+        self._block = Staging(
+            sequences * (2 * context + _SEQUENCE_INTEGERS) + _TOKEN_INTEGERS * longest, device
+        )
+        self._packed: dict[StepShape, PackedStep] = {}
+        self._hidden = model.embedding.new_zeros(longest, model.embedding.shape[1])
+        self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
+        self._results: dict[StepShape, StepResult] = {}
+
+    def capture(self) -> None:
+        """Capture the common shapes, the largest first: the others share its memory. The largest of
+        those that are not captured is run, so that torch's pool has its memory."""
+        pool = torch.cuda.graph_pool_handle()
+        for number, shape in enumerate(self._shapes):
+            captured = shape.parts <= _CAPTURED_PARTS
+            if number > 0 and not captured:
+                continue
+            packed = self._packed_step(shape)
+            packed.clear(self._tables.padding_row)
+            self._block.send(packed.integers)
+            work = partial(self._forward, packed)
+            if captured:
+                self._graphs[shape], self._results[shape] = capture(
+                    work, self._device, pool, warm_ups=1
+                )
+            else:
+                work()
 
     def prepare(
         self, decodes: Sequence[SequenceInput], parts: Sequence[SequenceInput]
-    ) -> PreparedParts | None:
+    ) -> PreparedStep | None:
         """Stage a step's integers; None without parts. `decodes` are the sequences whose decode
         step the `DecodeRunner` was filled with."""
         if not parts:
             return None
-        put = self._staging.put
-        everyone = [*decodes, *parts]
-        lengths = np.array([given.token_ids.size for given in parts], np.int32)
-        starts = np.zeros(len(parts) + 1, np.int32)
-        np.cumsum(lengths, out=starts[1:])
+        shape = self._shapes.smallest(decodes, parts)
+        wanted = [*decodes, *(given for given in parts if given.needs_logits)]
+        contexts = self._tables.take_rows([given.context for given in wanted])
+        packed = self._packed_step(shape)
+        packed.clear(self._tables.padding_row)
+        packed.fill(decodes, parts, contexts, self._page_size)
         replaced = np.concatenate(
             [
                 (given.token_ids == self._vision_token) & (given.vision_embeddings is not None)
                 for given in parts
             ]
         )
-        wanted = [index for index, given in enumerate(parts) if given.needs_logits]
-        single = np.arange(len(decodes), dtype=np.int32)
-        asked = [*decodes, *(parts[index] for index in wanted)]
-        contexts = self._tables.take_rows([given.context for given in asked])
-        return PreparedParts(
-            decoding=len(decodes),
-            tokens=put(np.concatenate([given.token_ids for given in parts])),
-            rows=NewRows(
-                put(np.concatenate([given.positions for given in everyone], axis=1)),
-                put(_bases(everyone)),
-                put(np.concatenate([given.slots for given in everyone])),
-            ),
-            starts=put(starts),
-            longest=int(lengths.max()),
-            last=put(np.concatenate([single, len(decodes) + starts[1:][wanted] - 1])),
-            last_contexts=put(np.array(contexts, np.int32)),
-            context=self._put_contexts(parts),
-            vision_places=put(len(decodes) + np.flatnonzero(replaced).astype(np.int32)),
+        return PreparedStep(
+            shape=shape,
+            answers=len(contexts),
+            vision_places=self._staging.put(np.flatnonzero(replaced).astype(np.int32)),
             embeddings=tuple(
                 torch.as_tensor(given.vision_embeddings, device=self._device)
                 for given in parts
@@ -109,50 +130,43 @@ class PrefillRunner:
             ),
         )
 
-    def _put_contexts(self, batch: Sequence[SequenceInput]) -> DeviceRows:
-        """The rows of every context, in the order of its block table, padded to the longest."""
-        found = []
-        for given in batch:
-            view = given.context
-            if view.bases is None:
-                raise ValueError("a context needs the bases of its rows")
-            rows = np.flatnonzero(view.valid)
-            pages = view.block_table[rows // self._page_size]
-            found.append((pages * self._page_size + rows % self._page_size, view.bases[rows]))
-        counts = np.array([slots.size for slots, _ in found], np.int32)
-        longest = max(1, int(counts.max()))
-        slots, slots_on_device = self._staging.take(len(batch) * longest)
-        bases, bases_on_device = self._staging.take(len(batch) * longest)
-        for index, (row_slots, row_bases) in enumerate(found):
-            start = index * longest
-            slots[start : start + row_slots.size] = row_slots
-            bases[start : start + row_bases.size] = row_bases
-        shape = (len(batch), longest)
-        return DeviceRows(
-            slots_on_device.view(shape), bases_on_device.view(shape), self._staging.put(counts)
-        )
-
-    def run(self, prepared: PreparedParts) -> StepResult:
-        """The results of the decode steps, then of the parts that want logits, in their order."""
-        single, embedding = prepared.decoding, self._model.embedding
-        hidden = embedding.new_empty(single + len(prepared.tokens), embedding.shape[1])
-        tiles = self._decode.begin(hidden[:single]) if single else None
-        torch.index_select(embedding, 0, prepared.tokens, out=hidden[single:])
+    def run(self, prepared: PreparedStep) -> StepResult:
+        """The results of the decode steps, then of the parts that want logits, in their order.
+        `Staging` must be sent."""
+        shape = prepared.shape
+        packed = self._packed[shape]
+        self._block.send(packed.integers)
+        prompt = self._hidden[shape.decoding : shape.tokens]
+        torch.index_select(self._model.embedding, 0, packed.tokens, out=prompt)
         if prepared.embeddings:
-            vision = torch.cat([rows.to(hidden.dtype) for rows in prepared.embeddings])
-            hidden[prepared.vision_places.long()] = vision
+            vision = torch.cat([rows.to(prompt.dtype) for rows in prepared.embeddings])
+            prompt[prepared.vision_places.long()] = vision
+        if shape in self._graphs:
+            self._graphs[shape].replay()
+            result = self._results[shape]
+        else:
+            result = self._forward(packed)
+        return StepResult(result.logits[: prepared.answers], result.tokens[: prepared.answers])
+
+    def _packed_step(self, shape: StepShape) -> PackedStep:
+        """The step of a shape, in the block that all shapes share. Waits until what was written
+        there last has been copied."""
+        self._block.clear()
+        if shape not in self._packed:
+            self._packed[shape] = PackedStep(
+                shape, self._block, answers=self._sequences, context=self._context
+            )
+        return self._packed[shape]
+
+    def _forward(self, packed: PackedStep) -> StepResult:
+        shape = packed.shape
+        hidden = self._hidden[: shape.tokens]
+        tiles = self._decode.begin(hidden[: shape.decoding]) if shape.decoding else None
         logits = self._model.prefill(
             hidden,
-            prepared.rows,
-            PackedParts(prepared.starts, prepared.longest, prepared.last.long()),
-            prepared.context,
+            packed.rows,
+            PackedParts(packed.starts, shape.tokens - shape.decoding, packed.last.long()),
+            packed.context,
             tiles,
         )
-        return StepResult(logits, self._chooser.choose(logits, prepared.last_contexts))
-
-
-def _bases(batch: Sequence[SequenceInput]) -> Int32Array:
-    bases = [given.bases for given in batch if given.bases is not None]
-    if len(bases) < len(batch):
-        raise ValueError("a sequence needs the bases of its tokens")
-    return np.concatenate(bases)
+        return StepResult(logits, self._chooser.choose(logits, packed.last_contexts))

@@ -53,9 +53,14 @@ class Staging:
             self._sent.synchronize()
         self._used = self._reserved
 
-    def send(self) -> None:
-        """Copy everything to the device, in the current stream."""
-        used = slice(0, self._used)
+    @property
+    def used(self) -> int:
+        """How many numbers have been taken."""
+        return self._used
+
+    def send(self, count: int | None = None) -> None:
+        """Copy everything, or the first `count` numbers, to the device, in the current stream."""
+        used = slice(0, self._used if count is None else count)
         self._device[used].copy_(self._host[used], non_blocking=True)
         if self._sent is not None:
             self._sent.record()

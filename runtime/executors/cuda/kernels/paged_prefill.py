@@ -64,7 +64,8 @@ def paged_prefill(
     keys, values = gather_context(qkv, rotary, starts, longest, rows, pages)
     room = keys.shape[2]
     if splits is None:
-        splits = _choose_splits(batch * key_heads * blocks, room, qkv.device)
+        busy = min(batch * blocks, triton.cdiv(len(qkv) * group, _ROWS) + batch)
+        splits = _choose_splits(busy * key_heads, room, qkv.device)
     parts = Parts.empty(len(qkv) * heads, splits, head_dim, qkv.device)
     _paged_prefill[(blocks, splits, batch * key_heads)](
         qkv,
