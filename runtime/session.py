@@ -26,6 +26,8 @@ from framesink.runtime.session_input import PreparedChunk, Question, SessionInpu
 from framesink.runtime.stats import SessionStats
 from framesink.runtime.video.chunk import Chunk, stack_frames
 
+# Bytes of a chunk whose frames an executor may be given to resize: two frames of 4K are 50 MB.
+LARGEST_HELD = 64 << 20
 NO_CONTENT: Float32Array = np.empty((0, 0), dtype=np.float32)
 
 
@@ -155,14 +157,10 @@ class Session:
         grid = resized_grid(stacked, preprocess)
         self._require_patches(grid, len(stacked))
         content, pixels = NO_CONTENT, None
-        if self._hold_frames is not None:
-            pixels = self._hold_frames(stacked)
+        if self._takes_frames:
+            pixels = self._kept(stacked, preprocess)
         else:
-            frames = resize_frames(stacked, preprocess)
-            if self._takes_frames:
-                pixels = frames.copy()  # the caller may use the array again
-            else:
-                content, _ = patchify(frames, preprocess)
+            content, _ = patchify(resize_frames(stacked, preprocess), preprocess)
         prepared = PreparedChunk(
             content=content,
             encoded=False,
@@ -293,6 +291,14 @@ class Session:
 
     def _question(self, text: str) -> Question:
         return Question(text, tuple(self._protocol.question(text)), time.monotonic())
+
+    def _kept(self, frames: UInt8Array, preprocess: PreprocessConfig) -> UInt8Array:
+        """A copy for the engine, as the caller may use the array again."""
+        if self._hold_frames is None:
+            return resize_frames(frames, preprocess).copy()
+        if frames.nbytes > LARGEST_HELD:
+            frames = resize_frames(frames, preprocess)
+        return self._hold_frames(frames)
 
     def _require_patches(self, grid: Grid, frames: int) -> None:
         if grid.patches > self._max_patches:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 from fake.engine import PREPROCESS, finals, make_engine, make_frames, make_protocol
 from fake.executor import FakeExecutor
 
@@ -56,6 +57,20 @@ def test_chunks_of_one_shape_go_together_and_say_what_they_say_alone() -> None:
         assert engine.stats().encoded_chunks == len(SIZES)
     assert all(len(set(shapes)) == 1 for shapes in executor.calls)
     assert sorted(len(shapes) for shapes in executor.calls) == [1, 1, 3]
+
+
+def test_frames_too_large_to_be_kept_are_resized_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("framesink.runtime.session.LARGEST_HELD", 2 * 60 * 90 * 3)
+    said = []
+    for executor in (FakeExecutor(make_protocol(), num_pages=2048, page_size=16), FramesExecutor()):
+        with make_engine(executor=executor) as engine:
+            for size in ((60, 90), (61, 91)):
+                session = engine.open_session()
+                session.push(_frames(5, size))
+                said += finals(list(session))
+    assert isinstance(executor, FramesExecutor)
+    assert executor.calls == [[(60, 90)], [(56, 84)]]
+    assert said[:2] == said[2:]
 
 
 def test_one_of_several_that_cannot_be_encoded_ends_alone() -> None:
