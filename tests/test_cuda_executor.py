@@ -15,6 +15,7 @@ from reference.scenario import NUM_PAGES, Scenario
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.engine import StreamingEngine
 from framesink.runtime.errors import BundleError, CapacityError, FramesinkError
+from framesink.runtime.events import EventKind
 from framesink.runtime.executors import create_executor
 from framesink.runtime.executors.base import (
     ChoosingExecutor,
@@ -146,6 +147,22 @@ def test_launching_ahead_changes_nothing(tiny_bundle: Path) -> None:
     said = replies_of_four(bundle, WaitingExecutor(cpu_executor(bundle)), [commonest])
     assert replies_of_four(bundle, cpu_executor(bundle), [commonest]) == said
     assert sum(reply[:-1].count(commonest) for replies in said for reply in replies) > 3
+
+
+def test_logits_that_are_not_finite_end_the_session(tiny_bundle: Path) -> None:
+    """They are found a step later, when the next step has been launched on a choice that failed."""
+    bundle = Bundle.open(tiny_bundle, check="sizes")
+    executor = cpu_executor(bundle)
+    with engine_of(bundle, executor) as engine, EVICTING.open_session(engine) as session:
+        session.push_chunk(EVICTING.chunk(0))
+        assert list(session)[-1].tokens
+        executor._decode._model._weights.head.weights.weight.fill_(torch.nan)
+        session.push_chunk(EVICTING.chunk(1))
+        (error,) = list(session)
+        assert (error.kind, error.final) == (EventKind.ERROR, True)
+        assert "logits are not finite" in error.text
+        assert engine.stats().pages_used == engine.stats().sessions == 0
+        engine.check_integrity()
 
 
 def test_each_part_has_its_own_type(tiny_bundle: Path) -> None:
