@@ -209,8 +209,9 @@ class LadderControl:
         if rung.pixels == 1:
             return config
         height, width = _resized(footage, config)
-        most = max(config.min_pixels, math.floor(height * width * rung.pixels))
-        return replace(config, max_pixels=most)
+        fewer = replace(config, max_pixels=max(1, math.floor(height * width * rung.pixels)))
+        height, width = _resized(footage, fewer)
+        return fewer if height * width >= config.min_pixels else config
 
     def _shape(self, rung: Rung) -> StreamShape:
         footage, config = self._footage, self._preprocess
