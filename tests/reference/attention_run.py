@@ -161,7 +161,7 @@ class Run:
     def _coded_pages(self, scheme: CacheScheme, generator: torch.Generator) -> LayerPages:
         """Codes of every row, under random scales."""
         sizes, pool = self.sizes, self.pool
-        shape = (pool.pages, sizes.key_heads, sizes.page_size, sizes.head_dim // 2)
+        shape = (sizes.key_heads, pool.pages * sizes.page_size, sizes.head_dim // 2)
         step = 4.0 / (127.0 if scheme is CacheScheme.INT8 else 448.0)
         scales = torch.rand(sizes.key_heads, sizes.head_dim // 2 + 1, generator=generator) + 0.5
         codes = PageCodes(
@@ -202,10 +202,9 @@ class Run:
     def erase_new_rows(self) -> None:
         """Fill what `append` will write with what would be seen."""
         slots = to_device(self.slots[:-1]).long()
-        page, row = slots // self.sizes.page_size, slots % self.sizes.page_size
         nothing = torch.nan if self.pages.codes is None else 0x7F7F
-        self.pages.keys[page, :, row] = nothing
-        self.pages.values[page, :, row] = nothing
+        self.pages.keys[:, slots] = nothing
+        self.pages.values[:, slots] = nothing
         if self.pages.codes is not None:
             self.pages.codes.places[slots] = 0
 

@@ -122,8 +122,8 @@ class PagedRows:
         return np.flatnonzero(self._written).astype(np.int32)
 
     def stored(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """K pages, rotated by place, and V pages `[N, Hkv, page, D]`; NaN in rows never written,
-        which must not be read."""
+        """K rotated by place, and V `[Hkv, slots, D]`; NaN in rows never written, which must not be
+        read."""
         return (
             self._paged(self.sizes.rotate(self.keys, self.places), dtype),
             self._paged(self.values, dtype),
@@ -132,8 +132,7 @@ class PagedRows:
     def _paged(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         rows = rows.clone()
         rows[torch.from_numpy(~self._written)] = torch.nan
-        pages = rows.unflatten(0, (self.pages, self.sizes.page_size))
-        return pages.transpose(1, 2).contiguous().to(dtype)
+        return rows.transpose(0, 1).contiguous().to(dtype)
 
 
 def joined(spans: list[Rows], start: int = 0) -> Rows:

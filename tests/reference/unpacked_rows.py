@@ -13,24 +13,21 @@ def write_rows(
     """Put `keys` (turned by their places, without bias where pages hold codes) and `values`
     `[n, Hkv, D]` of `places` `[3, n]` into `slots`, n distinct ones."""
     slots = slots.long()
-    numbers, rows = slots // pages.page_size, slots % pages.page_size
     if pages.codes is None:
-        pages.keys[numbers, :, rows] = keys.to(pages.keys.dtype)
-        pages.values[numbers, :, rows] = values.to(pages.values.dtype)
+        pages.keys[:, slots] = keys.to(pages.keys.dtype).transpose(0, 1)
+        pages.values[:, slots] = values.to(pages.values.dtype).transpose(0, 1)
         return
     key_scale, value_scale = _scales(pages)
     scheme = pages.codes.scheme
-    pages.keys[numbers, :, rows] = _words(keys.float() / key_scale, scheme)
-    pages.values[numbers, :, rows] = _words(values.float() / value_scale, scheme)
+    pages.keys[:, slots] = _words(keys.float() / key_scale, scheme).transpose(0, 1)
+    pages.values[:, slots] = _words(values.float() / value_scale, scheme).transpose(0, 1)
     t, h, w = places.long()
     pages.codes.places[slots] = t | h << int(PLACE_BITS) | w << 2 * int(PLACE_BITS)
 
 
 def read_rows(pages: LayerPages, slots: Tensor) -> tuple[Tensor, Tensor]:
     """Keys (as `write_rows` takes them) and values, float32 `[n, Hkv, D]`."""
-    slots = slots.long()
-    numbers, rows = slots // pages.page_size, slots % pages.page_size
-    keys, values = (held[numbers, :, rows] for held in (pages.keys, pages.values))
+    keys, values = (held[:, slots.long()].transpose(0, 1) for held in (pages.keys, pages.values))
     if pages.codes is None:
         return keys.float(), values.float()
     key_scale, value_scale = _scales(pages)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from framesink.runtime.errors import CapacityError
 from framesink.runtime.executors.cuda.kernels.pages import LayerPages, PageCodes
 from framesink.runtime.executors.cuda.weight_source import WeightSource
 from framesink.runtime.executors.cuda.weights import DecoderLayer
@@ -15,6 +16,9 @@ from framesink.runtime.models.quantization import (
     k_pair_scale,
     v_head_scale,
 )
+
+# Kernels count the numbers of one head in 32 bits.
+_ADDRESSES = 1 << 31
 
 
 class PagedCache:
@@ -34,13 +38,20 @@ class PagedCache:
         """Allocates zeroed pages: of codes if the model has a quantized cache, else of the compute
         type `dtype`.
 
-        Codes are of keys without the bias of their projection: it is taken out of `layers`.
+        Codes are of keys without the bias of their projection: it is taken out of `layers`. Raises
+        CapacityError for more pages than kernels can address.
         """
+        if num_pages * page_size * config.head_dim >= _ADDRESSES:
+            most = (_ADDRESSES - 1) // (page_size * config.head_dim)
+            raise CapacityError(
+                f"Kernels address up to {most} pages, not {num_pages}; ask for fewer."
+            )
         scheme = source.quantization.cache
         heads, head_dim = config.num_key_value_heads, config.head_dim
         coded = scheme is not CacheScheme.UNQUANTIZED
-        places = torch.zeros(num_pages * page_size, dtype=torch.int64, device=device)
-        shape = (num_pages, heads, page_size, head_dim // 2 if coded else head_dim)
+        slots = num_pages * page_size
+        places = torch.zeros(slots, dtype=torch.int64, device=device)
+        shape = (heads, slots, head_dim // 2 if coded else head_dim)
 
         def pages() -> Tensor:
             return torch.zeros(shape, dtype=torch.int16 if coded else dtype, device=device)

@@ -11,7 +11,6 @@ from framesink.runtime.executors.cuda.kernels.pages import (
     number_of,
     pack,
     packed_place,
-    row_offsets,
 )
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable, turn
 from framesink.runtime.executors.cuda.kernels.tiles import NewRows
@@ -48,13 +47,13 @@ def rotate_and_append(
         pages.keys if codes is None else codes.value_scale,
         pages.keys if codes is None else codes.key_bias,
         pages.keys if codes is None else codes.places,
+        pages.slots,
         qkv.stride(0),
         rows.positions.stride(0),
         GROUP=group,
         ROWS=triton.next_power_of_2(group),
         KEY_HEADS=key_heads,
         HALF=head_dim // 2,
-        PAGE=pages.page_size,
         TIME_END=rotary.time_end,
         HEIGHT_END=rotary.height_end,
         SCHEME=pages.scheme.value,
@@ -77,13 +76,13 @@ def _rotate_and_append(
     value_scale,
     key_bias,
     places,
+    all_slots,
     qkv_stride,
     positions_stride,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     HALF: tl.constexpr,
-    PAGE: tl.constexpr,
     TIME_END: tl.constexpr,
     HEIGHT_END: tl.constexpr,
     SCHEME: tl.constexpr,
@@ -116,12 +115,13 @@ def _rotate_and_append(
     base = tl.load(bases + token)
     place = position - base
     written = slot >= 0
+    row = head.to(tl.int64) * all_slots + slot
     place_cos = tl.load(cosines + place * HALF + pair)
     place_sin = tl.load(sines + place * HALF + pair)
     stored_first = first * place_cos - second * place_sin
     stored_second = second * place_cos + first * place_sin
     if SCHEME == "16bit":
-        at = row_offsets(slot, head, KEY_HEADS, HEAD_DIM, PAGE) + pair
+        at = row * HEAD_DIM + pair
         tl.store(k_pages + at, stored_first, mask=written)
         tl.store(k_pages + at + HALF, stored_second, mask=written)
         tl.store(v_pages + at, tl.load(value), mask=written)
@@ -129,7 +129,7 @@ def _rotate_and_append(
         tl.store(key, first * cos - second * sin)
         tl.store(key + HALF, second * cos + first * sin)
     else:
-        at = row_offsets(slot, head, KEY_HEADS, HALF, PAGE) + pair
+        at = row * HALF + pair
         scale = tl.load(key_scale + head * HALF + pair)
         first_code = code_of(stored_first / scale, SCHEME)
         second_code = code_of(stored_second / scale, SCHEME)

@@ -10,7 +10,6 @@ from framesink.runtime.executors.cuda.kernels.pages import (
     LayerPages,
     converts_in_pairs,
     positions_of,
-    row_offsets,
     unpack,
 )
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable, turn
@@ -52,6 +51,7 @@ def gather_context(
         pages.keys if codes is None else codes.places,
         keys,
         values,
+        pages.slots,
         qkv.stride(0),
         rows.slots.stride(0),
         room,
@@ -60,7 +60,6 @@ def gather_context(
         BLOCK=_BLOCK,
         KEY_HEADS=key_heads,
         HALF=head_dim // 2,
-        PAGE=pages.page_size,
         TIME_END=rotary.time_end,
         HEIGHT_END=rotary.height_end,
         SCHEME=pages.scheme.value,
@@ -88,6 +87,7 @@ def _gather_context(
     places,
     keys,
     values,
+    all_slots,
     qkv_stride,
     rows_stride,
     room,
@@ -96,7 +96,6 @@ def _gather_context(
     BLOCK: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     HALF: tl.constexpr,
-    PAGE: tl.constexpr,
     TIME_END: tl.constexpr,
     HEIGHT_END: tl.constexpr,
     SCHEME: tl.constexpr,
@@ -118,7 +117,7 @@ def _gather_context(
     slot = tl.load(slots + listed, mask=older, other=0)
     base = tl.load(bases + listed, mask=older, other=0)
     WIDTH: tl.constexpr = HEAD_DIM if SCHEME == "16bit" else HALF
-    stored = row_offsets(slot, head, KEY_HEADS, WIDTH, PAGE)[:, None] + pair
+    stored = (head.to(tl.int64) * all_slots + slot)[:, None] * WIDTH + pair
     fresh = (start + row - count).to(tl.int64) * qkv_stride + key_offset + head * HEAD_DIM
     fresh = fresh[:, None] + pair
     from_pages = older[:, None]

@@ -14,14 +14,16 @@ from torch import Tensor
 from framesink.runtime.executors.cuda.kernels.attention_parts import LOG2_E
 from framesink.runtime.executors.cuda.kernels.overlap import await_inputs, overlapping
 from framesink.runtime.executors.cuda.kernels.pages import LayerPages
-from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable, turn
+from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
 
 # Query heads of one K/V head in a table, at least: 32 bytes are one access.
 _MIN_HEADS = 8
+_MIN_DEPTH = 16
+_AXES = 3
 _POSITIONS = 64
-# Programs for one K/V head, and sequences of one program if there are many.
+# Programs for one K/V head and axis, and sequences of one program if there are many.
 _BLOCKS = 32
-_SEQUENCES = 2
+_SEQUENCES = 8
 
 
 def key_bias_scores(
@@ -42,7 +44,7 @@ def key_bias_scores(
     table = torch.empty((batch, key_heads, reach, 3, heads), dtype=torch.float32, device=qkv.device)
     together = min(_SEQUENCES, triton.next_power_of_2(batch))
     blocks = _BLOCKS if qkv.device.type == "cuda" else 2
-    _key_bias_scores[(blocks, key_heads, triton.cdiv(batch, together))](
+    _key_bias_scores[(blocks, key_heads * _AXES, triton.cdiv(batch, together))](
         qkv,
         rotary.cos,
         rotary.sin,
@@ -58,8 +60,10 @@ def key_bias_scores(
         HEADS=heads,
         KEY_HEADS=key_heads,
         HALF=head_dim // 2,
+        AXES=_AXES,
         TIME_END=rotary.time_end,
         HEIGHT_END=rotary.height_end,
+        DEPTH=max(_MIN_DEPTH, triton.next_power_of_2(max(rotary.sections))),
         SEQUENCES=together,
         POSITIONS=_POSITIONS,
         num_warps=4,
@@ -86,8 +90,10 @@ def _key_bias_scores(
     HEADS: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    AXES: tl.constexpr,
     TIME_END: tl.constexpr,
     HEIGHT_END: tl.constexpr,
+    DEPTH: tl.constexpr,
     SEQUENCES: tl.constexpr,
     POSITIONS: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -95,44 +101,50 @@ def _key_bias_scores(
     await_inputs(OVERLAP)
     block = tl.program_id(0)
     blocks = tl.num_programs(0)
-    head = tl.program_id(1)
-    # A row is a query head on one axis; with a fourth, of nothing, their number is a power of two.
-    AXES: tl.constexpr = 4
+    head = tl.program_id(1) // AXES
+    axis = tl.program_id(1) % AXES
     HEAD_DIM: tl.constexpr = 2 * HALF
-    row = tl.arange(0, SEQUENCES * AXES * HEADS)
-    sequence = tl.program_id(2) * SEQUENCES + row // (AXES * HEADS)
-    axis = row // HEADS % AXES
+    # The rotary pairs that turn by this axis.
+    pair_start = tl.where(axis == 0, 0, tl.where(axis == 1, TIME_END, HEIGHT_END))
+    pair_end = tl.where(axis == 0, TIME_END, tl.where(axis == 1, HEIGHT_END, HALF))
+    pair = pair_start + tl.arange(0, DEPTH)
+    turns = pair < pair_end
+    row = tl.arange(0, SEQUENCES * HEADS)
+    sequence = tl.program_id(2) * SEQUENCES + row // HEADS
     query_head = row % HEADS
-    pair = tl.arange(0, HALF)
-    pair_axis = tl.where(pair < TIME_END, 0, tl.where(pair < HEIGHT_END, 1, 2))
-    exists = (sequence < batch) & (query_head < GROUP) & (axis < 3)
-    turns = exists[:, None] & (axis[:, None] == pair_axis[None, :])
+    known = sequence < batch
+    exists = known & (query_head < GROUP)
+    wanted = exists[:, None] & turns[None, :]
+
     query = qkv + sequence.to(tl.int64) * qkv_stride + (head * GROUP + query_head) * HEAD_DIM
     query = query[:, None] + pair[None, :]
-    first = tl.load(query, mask=turns, other=0.0).to(tl.float32) * score_scale
-    second = tl.load(query + HALF, mask=turns, other=0.0).to(tl.float32) * score_scale
-    own = positions + pair_axis[None, :] * positions_stride + sequence[:, None]
-    own = tl.load(own, mask=turns, other=0)
-    first, second = turn(first, second, cosines, sines, own, pair[None, :], HALF)
+    first = tl.load(query, mask=wanted, other=0.0).to(tl.float32) * score_scale
+    second = tl.load(query + HALF, mask=wanted, other=0.0).to(tl.float32) * score_scale
+    own = tl.load(positions + axis * positions_stride + sequence, mask=known, other=0)
+    own_angle = own[:, None] * HALF + pair[None, :]
+    cos = tl.load(cosines + own_angle, mask=wanted, other=0.0)
+    sin = tl.load(sines + own_angle, mask=wanted, other=0.0)
+    first, second = first * cos - second * sin, second * cos + first * sin
     bias = key_bias + head * HEAD_DIM + pair
-    first_bias = tl.load(bias)[None, :]
-    second_bias = tl.load(bias + HALF)[None, :]
+    first_bias = tl.load(bias, mask=turns, other=0.0)[None, :]
+    second_bias = tl.load(bias + HALF, mask=turns, other=0.0)[None, :]
     along = first * first_bias + second * second_bias
     across = second * first_bias - first * second_bias
 
-    known = sequence < batch
-    last = tl.max(tl.load(positions + sequence, mask=known, other=0))
-    for other in tl.static_range(1, 3):
+    # No row of a context is beyond the new token, on no axis.
+    last = tl.max(own)
+    for other in tl.static_range(AXES):
         found = tl.load(positions + other * positions_stride + sequence, mask=known, other=0)
         last = tl.maximum(last, tl.max(found))
-    target = (sequence.to(tl.int64) * KEY_HEADS + head) * reach * (3 * HEADS)
+    target = (sequence.to(tl.int64) * KEY_HEADS + head) * reach * (AXES * HEADS)
     target = table + (target + axis * HEADS + query_head)[:, None]
     for start in range(block * POSITIONS, last + 1, blocks * POSITIONS):
         position = start + tl.arange(0, POSITIONS)[None, :]
         inside = position <= last
         angle = position * HALF + pair[:, None]
-        cos = tl.load(cosines + angle, mask=inside, other=0.0)
-        sin = tl.load(sines + angle, mask=inside, other=0.0)
-        scores = tl.dot(along, cos, input_precision="tf32x3")
-        scores = tl.dot(across, sin, scores, input_precision="tf32x3")
-        tl.store(target + position * (3 * HEADS), scores, mask=exists[:, None] & inside)
+        read = inside & turns[:, None]
+        block_cos = tl.load(cosines + angle, mask=read, other=0.0)
+        block_sin = tl.load(sines + angle, mask=read, other=0.0)
+        scores = tl.dot(along, block_cos, input_precision="tf32x3")
+        scores = tl.dot(across, block_sin, scores, input_precision="tf32x3")
+        tl.store(target + position * (AXES * HEADS), scores, mask=exists[:, None] & inside)

@@ -21,7 +21,6 @@ from framesink.runtime.executors.cuda.kernels.pages import (
     pack,
     packed_place,
     positions_of,
-    row_offsets,
     unpack,
 )
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable, turn
@@ -90,6 +89,7 @@ def paged_decode(
         bias_scores,
         parts.values,
         parts.softmax,
+        pages.slots,
         qkv.stride(0),
         rows.positions.stride(0),
         tiles.bases.stride(0),
@@ -99,7 +99,6 @@ def paged_decode(
         HEADS=max(_MIN_HEADS, triton.next_power_of_2(group)),
         KEY_HEADS=key_heads,
         HALF=head_dim // 2,
-        PAGE=pages.page_size,
         TILE=TILE_ROWS,
         NO_SLOT=NO_SLOT,
         TIME_END=rotary.time_end,
@@ -145,6 +144,7 @@ def _paged_decode(
     bias_scores,
     values,
     softmax,
+    all_slots,
     qkv_stride,
     positions_stride,
     tiles_stride,
@@ -154,7 +154,6 @@ def _paged_decode(
     HEADS: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     HALF: tl.constexpr,
-    PAGE: tl.constexpr,
     TILE: tl.constexpr,
     NO_SLOT: tl.constexpr,
     TIME_END: tl.constexpr,
@@ -205,7 +204,9 @@ def _paged_decode(
         pair,
         HALF,
     )
-    new_row = row_offsets(new_slot, head, KEY_HEADS, WIDTH, PAGE) + pair
+    k_pages += head.to(tl.int64) * all_slots * WIDTH
+    v_pages += head.to(tl.int64) * all_slots * WIDTH
+    new_row = new_slot * WIDTH + pair
     if SCHEME == "16bit":
         bias_score = tl.zeros((HEADS,), tl.float32)
         first_key = first_key.to(k_pages.dtype.element_ty)
@@ -241,7 +242,10 @@ def _paged_decode(
     maximum = tl.sum(turned_first * first_key.to(tl.float32)[:, None], axis=0) + bias_score
     maximum += tl.sum(turned_second * second_key.to(tl.float32)[:, None], axis=0)
     maximum = tl.where(is_first, maximum, -1e30)
-    total = tl.zeros((HEADS,), tl.float32) + tl.where(is_first, 1.0, 0.0)
+    # The sum of the softmax, a part for every row of a tile.
+    member = tl.arange(0, TILE)
+    totals = tl.zeros((TILE, HEADS), tl.float32)
+    totals += tl.where(is_first & (member == 0), 1.0, 0.0)[:, None]
     nothing = tl.zeros((HALF, HEADS), tl.float32)
     mixed = tl.where(is_first, first_value.to(tl.float32)[:, None], nothing)
     mixed_second = tl.where(is_first, second_value.to(tl.float32)[:, None], nothing)
@@ -249,7 +253,6 @@ def _paged_decode(
     # The query at its own position, from which every tile turns it back.
     first, second = turn(first, second, cosines, sines, position[:, None], pair[:, None], HALF)
     # What a tile is, is known one tile ahead, so that its keys and values can be prefetched.
-    member = tl.arange(0, TILE)
     base = tl.load(tile_bases + begin, mask=begin < end, other=0)
     slots = tl.load(tile_slots + begin * TILE + member, mask=begin < end, other=NO_SLOT)
     if SCHEME != "16bit":
@@ -264,7 +267,7 @@ def _paged_decode(
             first, second, cosines, sines, -base, pair[:, None], HALF
         )
         visible = (slots != NO_SLOT) & (slots != new_slot)
-        at = row_offsets(slots, head, KEY_HEADS, WIDTH, PAGE)
+        at = slots * WIDTH
         if SCHEME != "16bit":
             t, h, w = positions_of(place, base, reach)
             bias = tl.load(table + t[:, None] * (3 * HEADS))
@@ -297,7 +300,7 @@ def _paged_decode(
         weights = tl.exp2(scores - highest[None, :])
         shrink = tl.exp2(maximum - highest)
         maximum = highest
-        total = total * shrink + tl.sum(weights, axis=0)
+        totals = totals * shrink[None, :] + weights
         weights = weights.to(DTYPE)
         mixed = tl.dot(first_values.to(DTYPE), weights, mixed * shrink[None, :])
         mixed_second = tl.dot(second_values.to(DTYPE), weights, mixed_second * shrink[None, :])
@@ -309,7 +312,7 @@ def _paged_decode(
     head_row = (sequence * KEY_HEADS + head).to(tl.int64) * GROUP + query_head
     part = head_row * splits + split
     tl.store(softmax + 2 * part, maximum, mask=in_group)
-    tl.store(softmax + 2 * part + 1, total, mask=in_group)
+    tl.store(softmax + 2 * part + 1, tl.sum(totals, axis=0), mask=in_group)
     target = values + part[None, :] * HEAD_DIM + pair[:, None]
     tl.store(target, mixed, mask=in_group[None, :])
     tl.store(target + HALF, mixed_second, mask=in_group[None, :])

@@ -28,7 +28,7 @@ class PageCodes:
     that it holds under any rotation; values code · `value_scale`, float32 `[Hkv]`. Keys are without
     `key_bias`, float32 `[Hkv, D]`, the bias of their projection, which is accounted for where they
     are read. That takes the rows' `places` (t, h, w), `PLACE_BITS` bits each of an int64,
-    `[N · page]`, which are the same in every layer.
+    `[slots]`, which are the same in every layer.
     """
 
     scheme: CacheScheme
@@ -40,11 +40,11 @@ class PageCodes:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerPages:
-    """Keys, turned by their places, and values of one layer.
+    """Keys, turned by their places, and values of one layer, head by head, a row per slot.
 
-    Without `codes` they are `[N, Hkv, page, D]` in the compute type, keys with the bias of their
-    projection. With `codes` they are words int16 `[N, Hkv, page, D/2]`, and the projection leaves
-    the keys' bias out.
+    Without `codes` they are `[Hkv, slots, D]` in the compute type, keys with the bias of their
+    projection. With `codes` they are words int16 `[Hkv, slots, D/2]`, and the projection leaves the
+    keys' bias out.
     """
 
     keys: Tensor
@@ -54,17 +54,17 @@ class LayerPages:
     @property
     def key_heads(self) -> int:
         """How many heads keys and values have."""
-        return int(self.keys.shape[1])
+        return int(self.keys.shape[0])
 
     @property
-    def page_size(self) -> int:
-        """Rows of a page."""
-        return int(self.keys.shape[2])
+    def slots(self) -> int:
+        """Rows of all pages."""
+        return int(self.keys.shape[1])
 
     @property
     def head_dim(self) -> int:
         """Channels of a head."""
-        return int(self.keys.shape[3]) * (1 if self.codes is None else 2)
+        return int(self.keys.shape[2]) * (1 if self.codes is None else 2)
 
     @property
     def scheme(self) -> CacheScheme:
@@ -80,13 +80,6 @@ def converts_in_pairs(device: torch.device, scheme: CacheScheme) -> bool:
     return scheme is CacheScheme.INT8 or (
         torch.cuda.get_device_capability(device) >= _FP8_CONVERSIONS
     )
-
-
-@triton.jit
-def row_offsets(slots, head, KEY_HEADS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr):
-    """Where the rows of `slots` begin in pages `[N, Hkv, page, WIDTH]`, int64."""
-    row = (slots // PAGE * KEY_HEADS + head) * PAGE + slots % PAGE
-    return row.to(tl.int64) * WIDTH
 
 
 @triton.jit
