@@ -222,18 +222,18 @@ class StreamingEngine:
         Does nothing where costs are known already, sessions are open (whose steps will tell), or
         the executor tells nothing of its steps. Observers are not told of it.
         """
-        if not self._worker.sessions:
-            self._load.measure(
-                partial(
-                    rehearse,
-                    self.open_session,
-                    self._load.meter,
-                    self._planner.plan(),
-                    self.preprocess,
-                    self.protocol,
-                    seconds=seconds,
-                )
-            )
+        self._load.measure(
+            partial(
+                rehearse,
+                self.open_session,
+                self._load.meter,
+                self._planner.plan(),
+                self.preprocess,
+                self.protocol,
+                seconds=seconds,
+            ),
+            is_idle=lambda: self._worker.sessions == 0,
+        )
 
     def capacity(self) -> EngineCapacity:
         """How many live sessions of the bundle's default kind fit, as far as costs are known.

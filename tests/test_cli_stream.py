@@ -112,6 +112,15 @@ def test_other_policies(tiny_bundle: Path, clip: Path, policy: tuple) -> None:
     assert "6 chunks" in result.stderr
 
 
+def test_a_live_source_is_told_what_the_machine_has_time_for(tiny_bundle: Path, clip: Path) -> None:
+    live = stream(tiny_bundle, clip, "--realtime", "--max-chunks", 1)
+    assert re.search(r"1 live stream fits \(\d+ by time, of which one takes .*%", live.stderr)
+    assert "live stream" not in stream(tiny_bundle, clip, "--max-chunks", 1).stderr
+    refused = stream(tiny_bundle, clip, "--ladder", "speed")
+    assert refused.exit_code == 2
+    assert "A ladder has no rung 'speed'" in refused.stderr
+
+
 def test_realtime_with_every_drop_policy(tiny_bundle: Path, clip: Path) -> None:
     for policy in ("latest", "uniform", "motion"):
         options = ["--realtime", "--drop-policy", policy, "--max-chunks", 1]

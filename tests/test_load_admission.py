@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+from fake.engine import make_engine
 from fake.live import COSTS, LiveMachine
 from reference.live_machine import H200, W720
 
@@ -11,6 +12,7 @@ from framesink.runtime.errors import BusyError, OptionError, SessionClosedError
 from framesink.runtime.load.admission import Entrance, LiveStreams
 from framesink.runtime.load.capacity import StreamShape, predicted_load
 from framesink.runtime.load.ladder import RealTime
+from framesink.runtime.session import Session
 
 WAIT = 30.0
 
@@ -109,6 +111,28 @@ def test_who_waits_comes_in_order() -> None:
         threads[number].join(WAIT)
         assert room.came == names[: number + 1]
     assert (entrance.waiting, entrance.refused) == (0, 1)
+
+
+def test_a_session_waits_for_another_to_be_closed() -> None:
+    """Whatever there is too little of: here it is the number of sessions."""
+    patient = RealTime(admission="none", wait=WAIT)
+    with make_engine(threaded=True, max_sessions=1) as engine:
+        first = engine.open_session(real_time=patient)
+        opened: list[Session] = []
+        thread = threading.Thread(
+            target=lambda: opened.append(engine.open_session(real_time=patient))
+        )
+        thread.start()
+        deadline = time.monotonic() + WAIT
+        while engine.stats().queued != 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        assert not opened
+        first.close()
+        thread.join(WAIT)
+        assert [session.stats().rung for session in opened] == [0]
+        with pytest.raises(BusyError, match="1 sessions are open"):
+            engine.open_session(real_time=RealTime(admission="none", wait=0.01))
 
 
 def test_who_waits_too_long_is_refused_and_holds_up_nobody() -> None:

@@ -21,6 +21,8 @@ STEP_HALF_LIFE = 512
 CHUNK_HALF_LIFE = 64
 # An observation further from what was expected, relative to that, weighs less in proportion.
 HUBER = 0.5
+# Errors of what takes less are told apart no better.
+LEAST_SECONDS = 1e-4
 RIDGE = 1e-3
 # Observations are folded in by so many, fewer in the beginning: a fit takes longer than a note.
 FOLD = 32
@@ -149,8 +151,7 @@ class _Fit:
         self._rows.clear()
         self._seconds.clear()
         expected = rows @ self.prices
-        known = expected > 0
-        scale = np.where(known, expected, np.maximum(seconds, 1e-9))
+        scale = np.maximum(np.where(expected > 0, expected, seconds), LEAST_SECONDS)
         surprise = np.abs(seconds - scale) / scale
         weights = np.minimum(1.0, HUBER / np.maximum(surprise, HUBER)) / scale**2
         weights *= self._decay ** np.arange(len(rows) - 1, -1, -1)

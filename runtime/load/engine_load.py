@@ -44,10 +44,11 @@ class EngineLoad:
         nothing is due, and the same input is divided the same way every time."""
         return self.meter.costs if self._streams.count else None
 
-    def measure(self, rehearse: Callable[[], None]) -> None:
-        """Learn costs from a rehearsal, the first time; observers are not told of it."""
+    def measure(self, rehearse: Callable[[], None], is_idle: Callable[[], bool]) -> None:
+        """Learn costs from a rehearsal, the first time that nothing else runs; observers are not
+        told of it. Who comes meanwhile waits for its end."""
         with self._measuring:
-            if self._measured or self.meter.costs is not None:
+            if self._measured or self.meter.costs is not None or not is_idle():
                 return
             self._measured = True
             self.observer.only_first = True
