@@ -184,6 +184,7 @@ def test_streams(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert 0 <= 2 * result["streams"] - result["counted"] <= result["refused"]
         assert result["chunk"]["count"] == result["counted"]
         assert result["shares"] is None
+    assert figures["by_deadline"]
     assert figures["environment"]["versions"].keys() >= {"framesink", "numpy"}
 
 

@@ -50,7 +50,7 @@ CHUNK = ChunkReport(
     pages_total=1024,
     resident=1 << 30,
 )
-STREAMS = StreamsReport("here", (560, 1008), 1.0, 13_527, 33, (), Memory(1 << 30, None))
+STREAMS = StreamsReport("here", (560, 1008), 1.0, 13_527, 33, 31, True, (), Memory(1 << 30, None))
 LOOKS = tuple(
     Checkpoint(chunk, Memory(0, None), 9, 9, 0.1, 0.01, step, 0.1, 0.1, {})
     for chunk, step in ((60, 0.1), (120, 0.101))

@@ -127,6 +127,7 @@ def streams_table(report: StreamsReport) -> Table:
     table = _titled(
         f"Live streams of {width}×{height}, a chunk every {report.chunk_seconds:g} s, "
         f"{report.context_tokens:,} tokens of context: {report.live_streams} hold"
+        + ("" if report.admitted is None else f", {report.admitted} would be let in")
     )
     shares = [result.shares for result in report.results if result.shares is not None]
     kinds = sorted({name for share in shares for name in share.steps})

@@ -14,6 +14,7 @@ from framesink.bench.measure import Quantiles
 from framesink.bench.memory import Memory
 from framesink.bench.time_shares import TimeShares, time_shares
 from framesink.runtime.engine import StreamingEngine
+from framesink.runtime.load.ladder import RealTime
 from framesink.runtime.policies import Policy
 from framesink.runtime.video.chunk import Chunk
 
@@ -47,14 +48,18 @@ class StreamsResult:
 
 @dataclass(frozen=True, slots=True)
 class StreamsReport:
-    """`live_streams` is the most streams that were live; 0 if none were. `memory` is that at the
-    end."""
+    """`live_streams` is the most streams that were live; 0 if none were. `admitted` is how many the
+    engine would let in by the costs it has measured meanwhile, None where it knows none.
+    `by_deadline` says whether it divided its steps by deadline, as it does for live sessions.
+    `memory` is that at the end."""
 
     executor: str
     frame_size: tuple[int, int]
     chunk_seconds: float
     context_tokens: int
     live_streams: int
+    admitted: int | None
+    by_deadline: bool
     results: tuple[StreamsResult, ...]
     memory: Memory
 
@@ -67,6 +72,7 @@ def measure_streams(
     seconds: float,
     warmup: int,
     find: bool = False,
+    by_deadline: bool = True,
     policy: Policy | None = None,
     max_new_tokens: int | None = None,
     previous_text: str = "",
@@ -74,8 +80,9 @@ def measure_streams(
     """Hold each of `counts` streams for `seconds`, after `warmup` chunks of each to fill windows.
 
     With `find`, numbers between the most that were live and the next that were not follow, until
-    there is none between them. `source(i)` is the video of stream i, `previous_text` what every
-    stream begins with. Raises CapacityError if the engine has no room for the largest count,
+    there is none between them. Sessions are live ones that are all let in and never degraded or,
+    without `by_deadline`, ordinary ones. `source(i)` is the video of stream i, `previous_text` what
+    every stream begins with. Raises CapacityError if the engine has no room for the largest count,
     FramesinkError if a session fails.
     """
     with ExitStack() as stack:
@@ -83,7 +90,10 @@ def measure_streams(
             LiveStream(
                 stack.enter_context(
                     engine.open_session(
-                        policy, max_new_tokens=max_new_tokens, previous_text=previous_text
+                        policy,
+                        max_new_tokens=max_new_tokens,
+                        previous_text=previous_text,
+                        real_time=RealTime("none", ladder=None) if by_deadline else None,
                     )
                 ),
                 source(index),
@@ -101,7 +111,7 @@ def measure_streams(
                 live = [n for n, result in results.items() if result.is_live(length)]
                 waiting = _between(live, [n for n in results if n not in live])
         context = max(stream.session.stats().context_tokens for stream in streams)
-        memory = Memory.now()
+        admitted, memory = engine.capacity().by_time, Memory.now()
     return StreamsReport(
         executor=engine.executor_reason,
         frame_size=streams[0].frame_size,
@@ -110,6 +120,8 @@ def measure_streams(
         live_streams=max(
             (count for count, result in results.items() if result.is_live(length)), default=0
         ),
+        admitted=admitted,
+        by_deadline=by_deadline,
         results=tuple(results[count] for count in sorted(results)),
         memory=memory,
     )

@@ -78,6 +78,12 @@ _PRECISION = click.Choice(PRECISIONS)
     metavar="N,N,…",
     help="Numbers of live streams to hold, by default 1 and --sessions; endurance: how many.",
 )
+@click.option(
+    "--by-deadline/--in-turn",
+    default=True,
+    show_default=True,
+    help="streams only: how steps are divided among them.",
+)
 @click.option("--find", is_flag=True, help="streams only: look for the most that can be held.")
 @click.option(
     "--frame-format",

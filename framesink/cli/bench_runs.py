@@ -59,6 +59,7 @@ class BenchOptions:
     sessions: int
     counts: list[int] | None
     find: bool
+    by_deadline: bool
     frame_format: Literal["jpeg", "png", "raw"]
     sink_text: int | None
     recent_text: int | None
@@ -217,6 +218,7 @@ def _run_streams(opened: OpenBench) -> tuple[Report, Table]:
         seconds=options.seconds or _SECONDS,
         warmup=opened.warmup("streams"),
         find=options.find,
+        by_deadline=options.by_deadline,
         policy=opened.policy,
         max_new_tokens=options.max_new_tokens,
         previous_text=_PREVIOUS_TEXT,
