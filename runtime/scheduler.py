@@ -170,6 +170,8 @@ class _StepLimits:
             return most
         left = min(self._stall, self._slack(item)) - self._spent
         left -= 0.0 if self._spent else costs.prefill.base
+        if left < 0:
+            return 0
         tokens = most if costs.prefill.each * most <= left else int(left / costs.prefill.each)
         if tokens < min(most, LEAST_PART):
             return 0

@@ -30,6 +30,9 @@ works = st.lists(
 SLOW = WorkCosts(
     vision=LinearCost(0.0, 0.01), prefill=LinearCost(0.02, 0.01), decode=LinearCost(0.1, 0.0)
 )
+# Prices can come out as nothing, and steps so dear that nobody is in time.
+FREE_TOKENS = WorkCosts(LinearCost(3.0, 0.0), LinearCost(3.0, 0.0), LinearCost(0.0, 0.0))
+NOTHING = WorkCosts(LinearCost(0.0, 0.0), LinearCost(0.0, 0.0), LinearCost(0.0, 0.0))
 NOW = 5.0
 
 
@@ -53,7 +56,7 @@ def make_scheduler(
     )
 
 
-@given(work=works, costs=st.sampled_from([None, H200, SLOW]))
+@given(work=works, costs=st.sampled_from([None, H200, SLOW, FREE_TOKENS, NOTHING]))
 @settings(max_examples=200, deadline=None)
 def test_a_step_stays_within_its_limits(work: list[Work], costs: WorkCosts | None) -> None:
     shares = make_scheduler(costs=costs).schedule(work)
@@ -64,6 +67,33 @@ def test_a_step_stays_within_its_limits(work: list[Work], costs: WorkCosts | Non
     prompts = [share for share in shares if not by_number[share.sequence].decoding]
     assert sum(share.tokens for share in prompts) <= 40
     assert bool(shares) == bool(work)
+
+
+@given(
+    waiting=st.lists(
+        st.builds(
+            Encoding,
+            sequence=st.integers(0, 10_000),
+            deadline=st.floats(0, 10),
+            patches=st.integers(1, 90),
+            reply_tokens=st.integers(0, 20),
+            grace=st.floats(0, 2),
+        ),
+        max_size=10,
+        unique_by=lambda chunk: chunk.sequence,
+    ),
+    replies=works,
+    costs=st.sampled_from([None, H200, SLOW, FREE_TOKENS, NOTHING]),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_chunk_is_encoded_unless_a_reply_needs_the_time(
+    waiting: list[Encoding], replies: list[Work], costs: WorkCosts | None
+) -> None:
+    chosen = make_scheduler(costs=costs).schedule_encoding(waiting, replies)
+    patches = {chunk.sequence: chunk.patches for chunk in waiting}
+    assert len(chosen) <= 1 or sum(patches[number] for number in chosen) <= 100
+    if costs is None or not any(reply.decoding for reply in replies):
+        assert bool(chosen) == bool(waiting)
 
 
 def test_replies_under_way_are_in_every_step() -> None:
