@@ -162,10 +162,13 @@ def _paged_prefill(
     # Tiles of context alone need no mask.
     plain_end = tl.maximum(begin, tl.minimum(end, count // KEYS * KEYS))
     rows = tl.program_id(2) * room
+    # A tile's scores are begun before the softmax of the tile ahead, and calculated beside it.
+    scores = tl.dot(query, keys.load([rows + begin, 0]).T)
     for at in range(begin, plain_end, KEYS):
-        scores = tl.dot(query, keys.load([rows + at, 0]).T)
+        following = tl.dot(query, keys.load([rows + at + KEYS, 0]).T)
         value = values.load([rows + at, 0])
         maximum, total, mixed = add_tile(scores, value, maximum, total, mixed)
+        scores = following
     for at in range(plain_end, end, KEYS):
         # What lies beyond the sequence's end was never written.
         inside = at + key < end
