@@ -6,6 +6,9 @@ from torch import Tensor
 from framesink.runtime.arrays import Int32Array
 from framesink.runtime.errors import CapacityError
 
+# Integers: 16 bytes.
+_ALIGNMENT = 4
+
 
 class Staging:
     """A block of int32 on the host and its copy on the device.
@@ -38,7 +41,8 @@ class Staging:
                 f"A step needs more than the {self._array.size} integers its inputs were given; "
                 "use fewer or smaller sequences in a step."
             )
-        self._used = end
+        # Kernels are compiled by the alignment of what they are given: let it always be the same.
+        self._used = -(-end // _ALIGNMENT) * _ALIGNMENT
         return self._array[start:end], self._device[start:end]
 
     def put(self, values: Int32Array) -> Tensor:

@@ -26,8 +26,9 @@ LEAST_CHANNELS = 64
 # In how many tiles of rows a sum can be made that is split.
 MOST_ROW_TILES = 8
 # Programs per multiprocessor that sums of few rows are split for, with up to 32 rows (else 1), and
-# the fewest inputs of a part.
+# the fewest inputs of a part: of few rows, which stream the weight, and of more.
 _PROGRAMS = 1.7
+_LEAST_STREAMED = 5120
 _LEAST_DEPTH = 1024
 # Tiles of more rows: small ones, of which as many run at once on a multiprocessor, where there are
 # no more of them than that; else large ones, whose operands are read less often.
@@ -48,14 +49,15 @@ def choose_tiling(
         tile_rows = max(16, 1 << (rows - 1).bit_length())
         tiles = -(-channels // LEAST_CHANNELS)
         programs = int(processors * (_PROGRAMS if tile_rows <= 32 else 1))
+        wide = tiles > 2 * processors
         tiling = Tiling(
             channels=LEAST_CHANNELS,
             rows=tile_rows,
-            # Rows of 256 bytes are long enough for the memory.
-            depth=256,
-            splits=max(1, min(programs // tiles, depth // _LEAST_DEPTH)),
-            # A fourth stage costs a wide layer one of the programs that run at once.
-            stages=3 if tiles > 2 * processors else 4,
+            # Rows of 256 bytes are long enough for the memory; many tokens leave no room for them.
+            depth=128 if wide and tile_rows > 32 else 256,
+            splits=max(1, min(programs // tiles, depth // _LEAST_STREAMED)),
+            # A program alone on its multiprocessor has much on its way; many share its memory.
+            stages=5 if not wide else 4 if tile_rows > 32 else 3,
         )
     stage = (tiling.channels + tiling.rows) * tiling.depth
     return replace(tiling, stages=min(tiling.stages, shared_memory // stage))

@@ -119,7 +119,17 @@ def choose_likeliest(logits: Tensor, rows: Tensor, choosing: Choosing, tokens: T
     )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("slots_stride",),
+    do_not_specialize_on_alignment=(
+        "tokens",
+        "rows",
+        "new_tiles",
+        "new_bases",
+        "new_slots",
+        "new_counts",
+    ),
+)
 def _begin_step(
     tokens,
     last_tokens,
@@ -163,7 +173,7 @@ def _begin_step(
         tl.store(counts + row, tl.load(new_counts + sequence))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("rows",))
 def _choose_likeliest(
     logits,
     allowed,
