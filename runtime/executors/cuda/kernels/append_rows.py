@@ -62,7 +62,10 @@ def rotate_and_append(
     )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("positions_stride",),
+    do_not_specialize_on_alignment=("positions", "bases", "slots"),
+)
 def _rotate_and_append(
     qkv,
     cosines,

@@ -70,7 +70,10 @@ def gather_context(
     return keys, values
 
 
-@triton.jit(do_not_specialize=("rows_stride", "room", "reach"))
+@triton.jit(
+    do_not_specialize=("rows_stride", "room", "reach"),
+    do_not_specialize_on_alignment=("starts", "slots", "bases", "counts"),
+)
 def _gather_context(
     qkv,
     cosines,

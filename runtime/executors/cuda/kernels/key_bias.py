@@ -73,7 +73,10 @@ def key_bias_scores(
     return table
 
 
-@triton.jit(do_not_specialize=("batch",))
+@triton.jit(
+    do_not_specialize=("positions_stride", "batch"),
+    do_not_specialize_on_alignment=("positions",),
+)
 def _key_bias_scores(
     qkv,
     cosines,

@@ -64,6 +64,7 @@ def paged_decode(
     heads = out.shape[1] // head_dim
     if splits is None:
         splits = _choose_splits(batch * key_heads, tiles.bases.shape[1], qkv.device)
+    splits = min(splits, tiles.bases.shape[1])
     parts = Parts.empty(batch * heads, splits, head_dim, qkv.device)
     group = heads // key_heads
     bias_scores = None
@@ -123,7 +124,10 @@ def _choose_splits(rows: int, tiles: int, device: torch.device) -> int:
     return max(1, min(splits, tiles))
 
 
-@triton.jit(do_not_specialize=("reach",))
+@triton.jit(
+    do_not_specialize=("positions_stride", "reach"),
+    do_not_specialize_on_alignment=("positions", "bases", "new_slots", "tile_rows"),
+)
 def _paged_decode(
     qkv,
     cosines,
@@ -169,9 +173,10 @@ def _paged_decode(
     splits = tl.num_programs(2)
     context = tl.load(tile_rows + sequence)
     count = tl.load(tile_counts + context)
-    share = tl.cdiv(count, splits)
-    begin = context * tiles_stride + split * share
-    end = context * tiles_stride + tl.minimum((split + 1) * share, count)
+    # A part is every so many tiles. Which are first does not depend on how many there are, so both
+    # are read at once.
+    tile_bases += context * tiles_stride
+    tile_slots += context * tiles_stride * TILE
 
     HEAD_DIM: tl.constexpr = 2 * HALF
     WIDTH: tl.constexpr = HEAD_DIM if SCHEME == "16bit" else HALF
@@ -253,16 +258,17 @@ def _paged_decode(
     # The query at its own position, from which every tile turns it back.
     first, second = turn(first, second, cosines, sines, position[:, None], pair[:, None], HALF)
     # What a tile is, is known one tile ahead, so that its keys and values can be prefetched.
-    base = tl.load(tile_bases + begin, mask=begin < end, other=0)
-    slots = tl.load(tile_slots + begin * TILE + member, mask=begin < end, other=NO_SLOT)
+    base = tl.load(tile_bases + split)
+    slots = tl.where(split < count, tl.load(tile_slots + split * TILE + member), NO_SLOT)
     if SCHEME != "16bit":
         # Where its rows stand is looked up by their slots, which are read one more tile ahead.
         place = tl.load(places + slots)
-        following = tile_slots + (begin + 1) * TILE + member
-        later_slots = tl.load(following, mask=begin + 1 < end, other=NO_SLOT)
+        following = split + splits
+        later_slots = tile_slots + following * TILE + member
+        later_slots = tl.load(later_slots, mask=following < count, other=NO_SLOT)
         table = (sequence * KEY_HEADS + head).to(tl.int64) * reach * (3 * HEADS)
         table = bias_scores + table + query_head[None, :]
-    for tile in range(begin, end):
+    for tile in range(split, count, splits):
         turned_first, turned_second = turn(
             first, second, cosines, sines, -base, pair[:, None], HALF
         )
@@ -274,11 +280,13 @@ def _paged_decode(
             bias += tl.load(table + h[:, None] * (3 * HEADS) + HEADS)
             bias += tl.load(table + w[:, None] * (3 * HEADS) + 2 * HEADS)
             place = tl.load(places + later_slots)
-            following = tile_slots + (tile + 2) * TILE + member
-            later_slots = tl.load(following, mask=tile + 2 < end, other=NO_SLOT)
-        more = tile + 1 < end
-        slots = tl.load(tile_slots + (tile + 1) * TILE + member, mask=more, other=NO_SLOT)
-        base = tl.load(tile_bases + tile + 1, mask=more, other=0)
+            following = tile + 2 * splits
+            later_slots = tile_slots + following * TILE + member
+            later_slots = tl.load(later_slots, mask=following < count, other=NO_SLOT)
+        following = tile + splits
+        more = following < count
+        slots = tl.load(tile_slots + following * TILE + member, mask=more, other=NO_SLOT)
+        base = tl.load(tile_bases + following, mask=more, other=0)
         key = k_pages + at[:, None] + pair[None, :]
         value = v_pages + at[None, :] + pair[:, None]
         if SCHEME == "16bit":

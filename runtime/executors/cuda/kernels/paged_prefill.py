@@ -110,7 +110,7 @@ def _choose_splits(programs: int, room: int, device: torch.device) -> int:
     return min(range(1, max(1, min(_MAX_SPLITS, room // (2 * _KEYS))) + 1), key=cost)
 
 
-@triton.jit(do_not_specialize=("room",))
+@triton.jit(do_not_specialize=("room",), do_not_specialize_on_alignment=("starts", "counts"))
 def _paged_prefill(
     qkv,
     keys,
