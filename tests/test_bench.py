@@ -99,6 +99,9 @@ def test_every_moment_of_a_second_is_in_one_share() -> None:
     whole = sum(shares.steps.values()) + shares.vision + shares.host + shares.idle
     assert whole == pytest.approx(1.0)
     assert time_shares({}, {}, waits, (10.0, 20.0)) is None
+    late = time_shares({"busy": 0.0}, {"decode": 10.5, "busy": 10.5}, [(0.0, 30.0)], (10.0, 20.0))
+    assert late is not None
+    assert (late.host, late.idle) == (0.0, 0.0)
 
 
 def run(*arguments: object) -> str:

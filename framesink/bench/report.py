@@ -122,7 +122,8 @@ def serve_table(report: "ServeReport") -> Table:
 
 
 def streams_table(report: StreamsReport) -> Table:
-    """Live streams, a row for each number of them."""
+    """Live streams, a row for each number of them. On a GPU behind it where the time went, and in
+    brackets how long the vision encoder ran beside steps."""
     height, width = report.frame_size
     table = _titled(
         f"Live streams of {width}×{height}, a chunk every {report.chunk_seconds:g} s, "
@@ -131,15 +132,15 @@ def streams_table(report: StreamsReport) -> Table:
     )
     shares = [result.shares for result in report.results if result.shares is not None]
     kinds = sorted({name for share in shares for name in share.steps})
-    parts = [*kinds, "vision alone", "host", "idle", "vision beside"] if shares else []
+    parts = [*kinds, "vision", "host", "idle", "(beside)"] if shares else []
     for name in ("streams", "chunk p50", "p99", "TTFT p50", "ITL p50", "batch", "late", *parts):
         table.add_column(name, justify="right")
     for result in report.results:
         share = result.shares
         table.add_row(
             str(result.streams),
-            _milliseconds(result.chunk.p50),
-            _milliseconds(result.chunk.p99),
+            f"{1000 * result.chunk.p50:.0f} ms",
+            f"{1000 * result.chunk.p99:.0f} ms",
             _milliseconds(result.ttft.p50),
             _milliseconds(result.itl.p50),
             f"{result.mean_batch:.1f}",
@@ -197,7 +198,7 @@ def _mebibytes(count: int) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return f"{100 * share:.0f} %"
 
 
 def _memory_rows(held: list[Memory], growth: Memory) -> list[tuple[str, list[int], int]]:

@@ -11,13 +11,13 @@ _BUSY, _VISION = "busy", "vision"
 
 @dataclass(frozen=True, slots=True)
 class TimeShares:
-    """Parts of every second, which add up to 1: each moment is in one of them.
+    """Parts of every second: each moment is in one of them, so that they add up to 1.
 
     `steps` are those in which the GPU ran a step, by kind: `prefill` (parts of prompts), `decode`,
     and `mixed` where one step has both. `vision` are those in which the vision encoder ran and no
     step did; it also runs beside steps, in `vision_beside`, which is within `steps` and slows them.
-    `host` is when the GPU did nothing though a chunk waited for its reply: the host prepared
-    a step, or took in a chunk. `idle` is when no chunk did.
+    `host` is when the GPU did nothing though a chunk waited for its reply: the host prepared a
+    step, or took in a chunk. `idle` is when no chunk waited.
     """
 
     steps: dict[str, float]
@@ -49,6 +49,8 @@ def time_shares(
     alone = min(max(0.0, busy - sum(spent.values())), vision)
     waiting = CoveredTime()
     waiting.add((max(begin, arrived), min(end, answered)) for arrived, answered in waits)
+    # What the GPU tells is late by a step, so that it may seem to have been busy for longer.
+    busy = min(busy, length)
     work = max(waiting.seconds, busy)
     return TimeShares(
         steps={name: seconds / length for name, seconds in sorted(spent.items())},
