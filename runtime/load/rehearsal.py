@@ -14,6 +14,7 @@ from framesink.runtime.load.declared import largest_chunk
 from framesink.runtime.policies import FullAttention, Policy
 from framesink.runtime.preprocess import PreprocessConfig
 from framesink.runtime.protocol import ChatProtocol
+from framesink.runtime.sampler import SamplingParams
 from framesink.runtime.session import Session
 from framesink.runtime.session_plan import SessionPlan
 
@@ -23,6 +24,9 @@ MOST_SESSIONS = 4
 # they need.
 TURNS = 3
 REPLY_TOKENS = 8
+LIKELIEST = SamplingParams()
+# Every token is about as likely as any other. Choosing so takes longer, but replies do not end.
+ANY_TOKEN = SamplingParams(temperature=100.0, seed=0)
 # What words said before are made of.
 _FILLER = "and "
 _SAMPLE = 64
@@ -35,6 +39,7 @@ class OpenSession(Protocol):
         self,
         policy: Policy,
         *,
+        sampling: SamplingParams,
         max_new_tokens: int,
         max_pending_chunks: int,
         max_patches: int,
@@ -57,6 +62,7 @@ def rehearse(
 
     Their contexts are as long as those of sessions of `plan`, of words where these have vision.
     Filling them takes longest: it is done for more than one as long as half of `seconds` are left.
+    Where the likeliest reply to black frames is a short one, further sessions say anything.
     `meter` then knows the costs, unless there is no room for a session, or the model says nothing.
     """
     rows, columns, groups = largest_chunk(plan, preprocess)
@@ -67,10 +73,12 @@ def rehearse(
     words = _words(plan, protocol)
     with ExitStack() as stack:
         sessions: list[Session] = []
+        sampling = LIKELIEST
         while len(sessions) < MOST_SESSIONS and time.monotonic() - begun <= seconds / 2:
             try:
                 session = open_session(
                     FullAttention(),
+                    sampling=sampling,
                     max_new_tokens=min(REPLY_TOKENS, plan.max_new_tokens),
                     max_pending_chunks=TURNS,
                     max_patches=plan.max_patches,
@@ -79,7 +87,8 @@ def rehearse(
             except CapacityError:
                 break
             sessions.append(stack.enter_context(session))
-            _turns([session], frames, 1)
+            if _turns([session], frames, 1) < REPLY_TOKENS:
+                sampling = ANY_TOKEN
         meter.reset()
         _turns(sessions[:1], frames, TURNS)
         _turns(sessions, frames, TURNS)
@@ -98,15 +107,20 @@ def _words(plan: SessionPlan, protocol: ChatProtocol) -> str:
     return _FILLER * max(0, int(rows / tokens))
 
 
-def _turns(sessions: list[Session], frames: UInt8Array, count: int) -> None:
+def _turns(sessions: list[Session], frames: UInt8Array, count: int) -> int:
     """So many turns of every session. All wait in their queues before the first is answered, so
-    that sessions share steps however short their replies are."""
+    that sessions share steps however short their replies are. Returns the length of the shortest,
+    at most `REPLY_TOKENS`."""
+    shortest = REPLY_TOKENS
     for _ in range(count):
         for session in sessions:
             session.push(frames)
     for session in sessions:
         left = count
         for event in session:
-            left -= event.final
+            if event.final:
+                shortest = min(shortest, len(event.tokens))
+                left -= 1
             if left == 0 or event.kind is EventKind.ERROR:
                 break
+    return shortest
