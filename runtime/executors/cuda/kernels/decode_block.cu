@@ -357,7 +357,7 @@ __device__ __forceinline__ void multiply(Sum (&sums)[4], unsigned upper, unsigne
     unsigned a[4];
     widen(upper, a[0], a[2]);
     widen(lower, a[1], a[3]);
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(first), "r"(second));
@@ -378,7 +378,7 @@ __device__ __forceinline__ Inputs prepared(uint4 codes) { return codes; }
 
 __device__ __forceinline__ void multiply(Sum (&sums)[4], unsigned a0, unsigned a1, unsigned a2,
                                          unsigned a3, unsigned b0, unsigned b1) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -398,6 +398,10 @@ __device__ __forceinline__ float total(const Sum (&sums)[WARPS][TILE * TOKENS], 
     for (int warp = 0; warp < WARPS; ++warp) sum += sums[warp][place];
     return float(sum);
 }
+
+struct Codes {
+    uint4 parts[CHUNKS];
+};
 
 // What a thread needs to finish the output that it has of a group of channels: read before the sum is
 // there, as it takes long.
@@ -459,22 +463,29 @@ __device__ __forceinline__ void run_product(const Params& params, Shared& shared
     const int token = lane / 4, part = lane % 4;
     const unsigned codes = shared_address(shared.codes) + token * CODE_STRIDE;
     Share share(linear, RESULT == GATED);
+    // The codes of this thread's token in one step, read one step ahead.
+    const auto given = [&](int step) {
+        Codes codes_of_step;
+#pragma unroll
+        for (int i = 0; i < CHUNKS; ++i) {
+            const int at = step * STEP + i * CHUNK + part * 16;
+            codes_of_step.parts[i] = make_uint4(0, 0, 0, 0);
+            if (token < TOKENS && at < linear.depth)
+                codes_of_step.parts[i] =
+                    inputs ? read_16_bytes(inputs + (long long)token * linear.depth + at)
+                           : read_shared(codes + at);
+        }
+        return codes_of_step;
+    };
     while (share.row < share.row_end) {
         if (RESULT == RESIDUAL && finish.mine)
             finish.residual = to_float(read_value(out + finish.token * HIDDEN + finish.channel));
         const int tiles = RESULT == GATED || share.row_end - share.row > TILE ? 2 : 1;
         Sum sums[2][4] = {};
+        Codes next = given(share.step_start);
         for (int step = share.step_start; step < share.step_end; ++step) {
-            Inputs given[CHUNKS];
-#pragma unroll
-            for (int i = 0; i < CHUNKS; ++i) {
-                const int at = step * STEP + i * CHUNK + part * 16;
-                uint4 bytes = make_uint4(0, 0, 0, 0);
-                if (token < TOKENS && at < linear.depth)
-                    bytes = inputs ? read_16_bytes(inputs + (long long)token * linear.depth + at)
-                                   : read_shared(codes + at);
-                given[i] = prepared(bytes);
-            }
+            const Codes now = next;
+            if (step + 1 < share.step_end) next = given(step + 1);
 #pragma unroll
             for (int tile = 0; tile < 2; ++tile) {
                 if (tile == tiles) break;
@@ -486,11 +497,19 @@ __device__ __forceinline__ void run_product(const Params& params, Shared& shared
                     upper[i] = read_shared(from + i * CHUNK);
                     lower[i] = read_shared(from + i * CHUNK + 8 * STEP);
                 }
+                // Two sums at a time: a product waits long for the one before it.
+                Sum other[4] = {};
+#pragma unroll
+                for (int i = 0; i < CHUNKS; i += 2) {
+                    multiply(sums[tile], upper[i], lower[i], prepared(now.parts[i]));
+                    multiply(other, upper[i + 1], lower[i + 1], prepared(now.parts[i + 1]));
+                }
+#pragma unroll
+                for (int i = 0; i < 4; ++i) sums[tile][i] += other[i];
+                // All have read what the copy engine may now write over: a product needs it all.
                 place.advance();
                 __syncwarp();
                 if (lane == 0) reader.copy();
-#pragma unroll
-                for (int i = 0; i < CHUNKS; ++i) multiply(sums[tile], upper[i], lower[i], given[i]);
             }
         }
 #pragma unroll
