@@ -9,7 +9,7 @@ from fake.live import COSTS, LiveMachine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from framesink.runtime.errors import OptionError
+from framesink.runtime.errors import OptionError, VideoError
 from framesink.runtime.events import EventKind
 from framesink.runtime.load.admission import LiveStreams
 from framesink.runtime.load.capacity import StreamShape, predicted_load
@@ -246,6 +246,32 @@ def test_rungs_that_save_nothing_are_passed_over(
     assert len(said) == len(effects)
     for notice, effect in zip(said, effects, strict=True):
         assert effect in notice
+
+
+def test_rungs_that_save_nothing_are_passed_over_upwards_too() -> None:
+    desk = Desk(Ladder(down_after=1.0, up_after=5.0))
+    desk.show(2)
+    desk.now += 1.0
+    desk.control.replied(2.5)
+    assert desk.control.rung == 2
+    assert desk.show(2) is not None
+    for _ in range(7):
+        desk.now += 1.0
+        desk.control.replied(0.1)
+    assert desk.control.rung == 0
+    notice = desk.show(2)
+    assert notice is not None
+    assert notice.endswith("from here on all is seen and said in full (rung 0 of 3).")
+
+
+def test_frames_that_are_refused_change_nothing() -> None:
+    desk = Desk(Ladder(down_after=1.0))
+    for height, width in ((0, 10), (2, 1000)):
+        with pytest.raises(VideoError):
+            desk.show(4, height, width)
+    desk.now += 1.0
+    desk.control.replied(2.5)
+    assert desk.control.rung == 1
 
 
 def test_of_encoded_chunks_only_the_reply_is_shortened() -> None:

@@ -74,7 +74,7 @@ class LadderControl:
         self._rung = 0
         self._announced = 0
         self._lag = 0.0
-        self._stuck: bool | None = False  # None once it was said
+        self._stuck = self._said_stuck = False
         self._changed_at = -math.inf
         self._late_since: float | None = None
         self._early_since: float | None = None
@@ -88,10 +88,15 @@ class LadderControl:
             return self._rung
 
     def treat(self, shape: Sequence[int], times: Sequence[float]) -> Treatment:
-        """What becomes of a chunk of frames of `shape` `[T, H, W, 3]`, at `times`."""
+        """What becomes of a chunk of frames of `shape` `[T, H, W, 3]`, at `times`.
+
+        Raises VideoError for frames that cannot be resized.
+        """
         count, height, width = shape[:3]
+        footage = _Footage(count, height, width)
+        _resized(footage, self._preprocess)
         with self._lock:
-            self._footage = footage = _Footage(count, height, width)
+            self._footage = footage
             self._tell()
             rung = self._ladder.rung(self._rung)
             kept = self._kept(footage, rung)
@@ -126,7 +131,7 @@ class LadderControl:
                 if self._announced != treatment.rung:
                     self._announced = treatment.rung
                 else:
-                    self._stuck = None
+                    self._said_stuck = True
 
     def replied(self, lag: float) -> None:
         """A reply ended `lag` seconds after its chunk."""
@@ -144,8 +149,7 @@ class LadderControl:
                     self._step_down(now)
                 return
             self._late_since = None
-            if self._stuck is None:
-                self._stuck = False
+            self._stuck = self._said_stuck = False
             if lag > self._ladder.early * self._declared.chunk_seconds:
                 self._early_since = None
                 return
@@ -169,8 +173,7 @@ class LadderControl:
                 self._patience = min(2 * self._patience, _LONGEST_PATIENCE) if short_lived else 1
                 self._step_to(number, now)
                 return
-        if self._stuck is not None:
-            self._stuck = True
+        self._stuck = True
 
     def _step_up(self, now: float) -> None:
         present = self._shape(self._ladder.rung(self._rung))
@@ -178,6 +181,8 @@ class LadderControl:
             above = self._shape(self._ladder.rung(number))
             if above == present and number > 0:
                 continue
+            while number > 0 and self._shape(self._ladder.rung(number - 1)) == above:
+                number -= 1
             load = self._streams.load_if(self._number, above)
             if load is None or load <= _ROOM_ABOVE * self._streams.utilisation:
                 self._stepped_up_at = now
@@ -188,7 +193,7 @@ class LadderControl:
         self._rung = number
         self._changed_at = now
         self._late_since = self._early_since = None
-        self._stuck = False
+        self._stuck = self._said_stuck = False
         self._tell()
 
     def _tell(self) -> None:
@@ -235,7 +240,7 @@ class LadderControl:
 
     def _notice(self, rung: Rung) -> str | None:
         if self._rung == self._announced:
-            if not self._stuck:
+            if not self._stuck or self._said_stuck:
                 return None
             return (
                 f"Replies still come {self._lag:.1f} s after their chunks, and the ladder has no "
