@@ -33,12 +33,13 @@ from framesink.runtime.executors.cuda.kernels.tiles import (
 
 # The fewest columns of a matrix product.
 _MIN_HEADS = 8
-# Programs that run at once on one multiprocessor.
-_PROGRAMS = 3
-# With fewer parts than this, rounding them down would leave much of the GPU idle.
-_MANY = 8
 _WARPS = 4
 _STAGES = 3
+# Programs that run at once on one multiprocessor.
+_PROGRAMS = 3
+# What another part adds to the time, and the most parts.
+_SPLIT_COST = 0.002
+_MAX_SPLITS = 256
 
 
 def paged_decode(
@@ -114,14 +115,16 @@ def paged_decode(
 
 
 def _choose_splits(rows: int, tiles: int, device: torch.device) -> int:
-    """How many parts to split contexts of `tiles` tiles into, for `rows` sequences · K/V heads: so
-    many that all programs run at once, or, if those would be few, in three full turns."""
+    """How many parts to split contexts of up to `tiles` tiles into, for `rows` sequences · K/V
+    heads: such that the programs fill the GPU's last turn too."""
     if device.type != "cuda":
-        return min(tiles, 2)
-    processors: int = torch.cuda.get_device_properties(device).multi_processor_count
-    together = _PROGRAMS * processors
-    splits = together // rows if together >= _MANY * rows else 3 * together // rows
-    return max(1, min(splits, tiles))
+        return 2
+    together: int = _PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
+
+    def cost(splits: int) -> float:
+        return -(-rows * splits // together) / splits * (1 + _SPLIT_COST * splits)
+
+    return min(range(1, min(_MAX_SPLITS, tiles) + 1), key=cost)
 
 
 @triton.jit(
