@@ -3,7 +3,6 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,6 @@ from types import TracebackType
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.errors import BusyError, OptionError
 from framesink.runtime.event_stream import EventStream
-from framesink.runtime.events import Event
 from framesink.runtime.executors.base import Executor
 from framesink.runtime.executors.tensorrt_llm.options import TensorRTLLMOptions
 from framesink.runtime.load.declared import EngineCapacity
@@ -33,7 +31,12 @@ from framesink.runtime.protocol import ChatProtocol
 from framesink.runtime.sampler import SamplingParams
 from framesink.runtime.session import Session
 from framesink.runtime.session_input import SessionInput
-from framesink.runtime.session_plan import QueryPlacement, SessionPlan, SessionPlanner
+from framesink.runtime.session_plan import (
+    OFFLINE_LEEWAY,
+    QueryPlacement,
+    SessionPlan,
+    SessionPlanner,
+)
 from framesink.runtime.stats import EngineStats, SessionStats
 from framesink.runtime.worker import Work, Worker
 
@@ -189,6 +192,8 @@ class StreamingEngine:
             max_patches=max_patches,
             previous_text=previous_text,
         )
+        if real_time is None:
+            plan = replace(plan, leeway=OFFLINE_LEEWAY)
         source = SessionInput(max_pending_chunks, plan.profile.question_rows, wake=self._wake.set)
         source.set_context_questions(len(plan.first_query))
 
@@ -347,7 +352,7 @@ class StreamingEngine:
             number = self._numbers
             ladder = self._load.enter(number, plan, real_time)
             events = EventStream(
-                replied=_lag_teller(ladder), ended=partial(self._load.leave, number)
+                replied=ladder.ended if ladder else None, ended=partial(self._load.leave, number)
             )
             try:
                 return (self._worker.admit(number, plan, sampling, source, events), events, ladder)
@@ -378,18 +383,6 @@ class StreamingEngine:
 
 def _session_stats(work: Work, ladder: LadderControl | None) -> SessionStats:
     return work.stats if ladder is None else replace(work.stats, rung=ladder.rung)
-
-
-def _lag_teller(ladder: LadderControl | None) -> Callable[[Event], None] | None:
-    """Tells a ladder how late each reply is; ends of sessions are none."""
-    if ladder is None:
-        return None
-
-    def tell(event: Event) -> None:
-        if event.timing is not None:
-            ladder.replied(event.lag)
-
-    return tell
 
 
 def default_sampling(defaults: StreamingDefaults) -> SamplingParams:

@@ -87,6 +87,7 @@ class PagedWorker:
             plan.max_new_tokens,
             plan.first_query,
             plan.previous_words,
+            plan.leeway,
         )
         sequence = Sequence(
             number,

@@ -37,6 +37,7 @@ class SequenceOptions:
     max_new_tokens: int
     first_query: tuple[int, ...] = ()
     previous_words: tuple[int, ...] = ()
+    leeway: float = 0.0
 
 
 class Sequence:
@@ -111,9 +112,10 @@ class Sequence:
     @property
     def deadline(self) -> float:
         """`time.monotonic()` by which the turn's reply, or the words said before, are due."""
+        leeway = self._options.leeway
         if self._turn is not None:
-            return self._turn.deadline
-        return self._opened_at + self._options.profile.chunk_seconds
+            return self._turn.deadline + leeway
+        return self._opened_at + self._options.profile.chunk_seconds + leeway
 
     @property
     def chunk_seconds(self) -> float:

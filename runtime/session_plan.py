@@ -17,6 +17,8 @@ QueryPlacement = Literal["pinned", "first_turn"]
 
 QUESTION_TOKENS = 512
 LAST_SECOND = 99_999_999.9  # three years of video
+# Sessions that are not live give way to live ones for so long, in seconds.
+OFFLINE_LEEWAY = 10.0
 VISION_MARKS = 2  # the start and the end token of a vision block
 
 
@@ -26,7 +28,8 @@ class SessionPlan:
 
     `pages` are those of its own, the prefix's apart; `max_patches` are those of a chunk;
     `first_query` are the tokens of a query placed
-    in the first turn, `previous_words` those of earlier words that the policy keeps.
+    in the first turn, `previous_words` those of earlier words that the policy keeps. Replies are
+    due `leeway` seconds later than those of a live session would be.
     """
 
     policy: Policy
@@ -37,6 +40,7 @@ class SessionPlan:
     first_query: tuple[int, ...]
     previous_words: tuple[int, ...]
     max_new_tokens: int
+    leeway: float = 0.0
 
 
 def default_policy(defaults: StreamingDefaults) -> SinkWindow:

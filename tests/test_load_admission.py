@@ -37,6 +37,24 @@ def test_one_stream_too_many_is_told_how_many_fit(monkeypatch: pytest.MonkeyPatc
         machine.open(RealTime())
 
 
+def test_live_streams_are_in_time_beside_sessions_that_take_all_they_get(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine = LiveMachine(monkeypatch)
+    with machine.engine:
+        for number in range(3):
+            machine.open(RealTime(), offset=number / 3)
+        greedy = [machine.open(None) for _ in range(3)]
+        for each in greedy:
+            each.every = 0.01
+        machine.run(30.0)
+        for live in machine.live[:3]:
+            assert len(live.lags()) >= 29
+            assert max(live.lags()) < 1.0
+        for each in greedy:
+            assert len(each.lags()) >= 3
+
+
 def test_a_machine_too_slow_for_one_stream_takes_one() -> None:
     streams = LiveStreams(lambda: H200)
     huge = StreamShape(1.0, 600_000, 40_000, 20)

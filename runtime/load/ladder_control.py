@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from framesink.runtime.events import Event
 from framesink.runtime.load.admission import LiveStreams
 from framesink.runtime.load.capacity import StreamShape
 from framesink.runtime.load.ladder import FULL, Ladder, Rung
@@ -132,6 +133,11 @@ class LadderControl:
                     self._announced = treatment.rung
                 else:
                     self._said_stuck = True
+
+    def ended(self, event: Event) -> None:
+        """A final event; those of replies say how late they are."""
+        if event.timing is not None:
+            self.replied(event.lag)
 
     def replied(self, lag: float) -> None:
         """A reply ended `lag` seconds after its chunk."""

@@ -66,10 +66,11 @@ class SlowExecutor(FakeExecutor):
 
 @dataclass
 class LiveSession:
-    """A session whose chunks arrive once per chunk length, the next one at `due`."""
+    """A session a chunk of which arrives `every` so often, the next one at `due`."""
 
     session: Session
     due: float
+    every: float = 1.0
     chunks: int = 0
     events: list[Event] = field(default_factory=list)
 
@@ -118,11 +119,11 @@ class LiveMachine:
 
     def _push(self, live: LiveSession) -> None:
         """The chunk that is due; where too many wait, it is lost."""
-        live.due += 1.0
+        arrived, live.due = live.due, live.due + live.every
         if live.chunks - live.session.stats().turns == MOST_WAITING:
             return
         frames = np.full((FRAMES, 56, 84, 3), live.chunks % 256, np.uint8)
         t0 = float(live.chunks)
         times = tuple(t0 + i / FRAMES for i in range(FRAMES))
-        live.session.push_chunk(Chunk(frames, t0, t0 + 1.0, times, live.due - 1.0))
+        live.session.push_chunk(Chunk(frames, t0, t0 + 1.0, times, arrived))
         live.chunks += 1
