@@ -34,7 +34,7 @@ _STAGES = 3
 _PROGRAMS = 2
 _MAX_SPLITS = 32
 # What another part adds to the time.
-_SPLIT_COST = 0.02
+_SPLIT_COST = 0.1
 
 
 def paged_prefill(
