@@ -5,7 +5,15 @@ import torch
 from reference.triton_device import DEVICE, HAS_GPU
 from torch import Tensor
 
-from framesink.runtime.executors.cuda.kernels.linear import Weights, launch, linear
+from framesink.runtime.executors.cuda.kernels.activation import silu_and_multiply
+from framesink.runtime.executors.cuda.kernels.formats import OutputFormat
+from framesink.runtime.executors.cuda.kernels.linear import (
+    Gate,
+    Weights,
+    gated_linear,
+    launch,
+    linear,
+)
 from framesink.runtime.executors.cuda.kernels.linear_tiling import Tiling
 
 DTYPES = (torch.bfloat16, torch.float16) if HAS_GPU else (torch.float32,)
@@ -85,6 +93,46 @@ def test_a_sum_in_parts_is_the_same_every_time(
         results.append(out)
     assert error(results[0], expected) < TOLERANCE[dtype]
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 64, 70])
+@pytest.mark.parametrize("code_type", CODE_TYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gate_and_up_in_one_product(rows: int, code_type: torch.dtype, dtype: torch.dtype) -> None:
+    """Bit for bit what the product and the gate are one after the other; the interpreter adds
+    floats in another order."""
+    step = 0.0 if HAS_GPU or code_type is torch.int8 else 1e-4
+    inner = 18944 if HAS_GPU else 96
+    for biased in (False, True):
+        inputs, weights, _ = case((rows, 2 * inner, 640), code_type, dtype, biased=biased)
+        projected = torch.empty((rows, 2 * inner), dtype=dtype, device=DEVICE)
+        linear(inputs, weights, projected)
+        factors = torch.linspace(0.5, 2.0, inner, device=DEVICE)
+        for form in (
+            OutputFormat(dtype),
+            OutputFormat(torch.int8, 0.02, factors),
+            OutputFormat(torch.int8, 0.02),
+        ):
+            expected, out = torch.zeros((2, rows, inner), dtype=form.dtype, device=DEVICE)
+            silu_and_multiply(projected, expected, form)
+            gated_linear(inputs, weights, out, form, dtype)
+            codes_apart = 1.0 if step and form.dtype is torch.int8 else step
+            torch.testing.assert_close(
+                out.float(), expected.float(), rtol=step, atol=codes_apart, check_dtype=False
+            )
+            assert expected.any()
+
+
+def test_a_gate_of_odd_size_and_in_parts() -> None:
+    dtype = DTYPES[0]
+    inputs, weights, _ = case((5, 2 * 75, 640), torch.int8, dtype, biased=True)
+    projected = torch.empty((5, 150), dtype=dtype, device=DEVICE)
+    linear(inputs, weights, projected)
+    expected, out = torch.zeros((2, 5, 75), dtype=dtype, device=DEVICE)
+    silu_and_multiply(projected, expected, OutputFormat(dtype))
+    tiling = Tiling(channels=64, rows=16, depth=128, splits=3)
+    launch(inputs, weights, out, tiling, Gate(OutputFormat(dtype), dtype))
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("biased", [False, True])

@@ -1,5 +1,6 @@
 """Tokens chosen where the logits are, against the host's sampler with the same random numbers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from reference import plain_kernels  # noqa: E402
 from reference.cpu_executor import cpu_executor  # noqa: E402
 
 from framesink.runtime.executors.cuda import kernel_operations  # noqa: E402
+from framesink.runtime.executors.cuda.answers import PendingAnswers  # noqa: E402
 from framesink.runtime.executors.cuda.executor import CudaExecutor  # noqa: E402
 from framesink.runtime.executors.cuda.kernels.step_tokens import NOT_FINITE  # noqa: E402
 from framesink.runtime.executors.cuda.staging import Staging  # noqa: E402
@@ -202,10 +204,16 @@ def test_seen_tokens_are_told_once() -> None:
 
 
 class WithoutLogits(CudaExecutor):
-    """Fails where logits travel."""
+    """Fails where logits travel, and counts steps that are fed a token nobody has seen."""
 
-    def step_and_choose(self, batch):  # type: ignore[no-untyped-def]
-        answers = super().step_and_choose(batch)
+    fed_early = 0
+
+    def launch(self, batch: Sequence[SequenceInput]) -> PendingAnswers:
+        self.fed_early += sum(NEXT_TOKEN in given.token_ids for given in batch)
+        return super().launch(batch)
+
+    def collect(self, launched: object) -> list[Float32Array | int | None]:
+        answers = super().collect(launched)
         assert all(answer is None or isinstance(answer, int) for answer in answers)
         return answers
 
@@ -236,5 +244,6 @@ def test_sessions_sample_what_they_sample_on_the_host(tiny_bundle: Path) -> None
                 said.append([list(session)[-1].tokens for session in sessions])
             assert all(session.stats().evicted_tokens > 0 for session in sessions)
     assert said[:12] == said[12:]
+    assert ours.fed_early > 0
     for number in range(1, 4):
         assert [turn[number] for turn in said[:12]] != [turn[0] for turn in said[:12]]

@@ -148,9 +148,17 @@ def rms_norm(
     quantize(weight * normed.to(hidden.dtype), out, output_format)
 
 
-def silu_and_multiply(gate_up: Tensor, out: Tensor, output_format: OutputFormat) -> None:
-    """SwiGLU."""
-    gate, up = gate_up.chunk(2, dim=1)
+def gated_linear(
+    inputs: Tensor,
+    weights: Weights,
+    out: Tensor,
+    output_format: OutputFormat,
+    dtype: torch.dtype,
+) -> None:
+    """SwiGLU of a linear layer."""
+    projected = torch.empty((len(inputs), len(weights.weight)), dtype=dtype, device=out.device)
+    linear(inputs, weights, projected)
+    gate, up = projected.chunk(2, dim=1)
     quantize(functional.silu(gate) * up, out, output_format)
 
 

@@ -53,9 +53,9 @@ class Layers:
 
     def gated_mlp(self, inputs: Tensor, gate_up: Linear, down: Linear) -> Tensor:
         """SwiGLU: `down(silu(gate(x)) · up(x))`."""
-        projected = self.linear(inputs, gate_up)
-        inner = self.form((len(inputs), projected.shape[1] // 2), down, inputs.device)
-        self.operations.silu_and_multiply(projected, inner, down.input)
+        size = len(gate_up.weights.weight) // 2
+        inner = self.form((len(inputs), size), down, inputs.device)
+        self.operations.gated_linear(inputs, gate_up.weights, inner, down.input, self.dtype)
         return self.linear(inner, down)
 
     def plain_norm(

@@ -5,6 +5,7 @@ Every function writes into tensors it is given; the kernels' own docstrings say 
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from framesink.runtime.executors.cuda.kernels.formats import OutputFormat
@@ -94,10 +95,6 @@ class Operations(Protocol):
         """Root-mean-square norm of `hidden`, after `delta` was added to it in place."""
         ...
 
-    def silu_and_multiply(self, gate_up: Tensor, out: Tensor, output: OutputFormat, /) -> None:
-        """`silu(gate) · up`."""
-        ...
-
     def quantize(self, values: Tensor, out: Tensor, output: OutputFormat, /) -> None:
         """Values of the compute type as codes."""
         ...
@@ -136,4 +133,16 @@ class Operations(Protocol):
 
     def linear(self, inputs: Tensor, weights: Weights, out: Tensor, /) -> None:
         """A linear layer."""
+        ...
+
+    def gated_linear(
+        self,
+        inputs: Tensor,
+        weights: Weights,
+        out: Tensor,
+        output: OutputFormat,
+        dtype: torch.dtype,
+        /,
+    ) -> None:
+        """`silu(gate) · up` of a linear layer whose outputs are both, in the compute type."""
         ...

@@ -46,6 +46,15 @@ def quantize(values: Tensor, out: Tensor, output_format: OutputFormat) -> None:
 
 
 @triton.jit
+def gated(gate, up):
+    """`silu(gate) · up` in float32, rounded to the type of `gate` after either product."""
+    dtype = gate.dtype
+    wide = gate.to(tl.float32)
+    wide = (wide / (1.0 + tl.exp(-wide))).to(dtype).to(tl.float32)
+    return (wide * up.to(tl.float32)).to(dtype).to(tl.float32)
+
+
+@triton.jit
 def _silu_and_multiply(
     gate_up,
     smoothing,
@@ -60,11 +69,9 @@ def _silu_and_multiply(
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     exists = column < size
-    stored = tl.load(gate_up + row * 2 * size + column, mask=exists, other=0.0)
-    gate = stored.to(tl.float32)
-    up = tl.load(gate_up + row * 2 * size + size + column, mask=exists, other=0.0).to(tl.float32)
-    gate = (gate / (1.0 + tl.exp(-gate))).to(stored.dtype).to(tl.float32)
-    value = (gate * up).to(stored.dtype).to(tl.float32)
+    gate = tl.load(gate_up + row * 2 * size + column, mask=exists, other=0.0)
+    up = tl.load(gate_up + row * 2 * size + size + column, mask=exists, other=0.0)
+    value = gated(gate, up)
     if SMOOTH:
         value *= tl.load(smoothing + column, mask=exists, other=0.0)
     tl.store(out + row * size + column, encode(value, out_scale, out.dtype.element_ty), mask=exists)

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from framesink.runtime.executors.cuda.kernels.activation import gated, silu_and_multiply
+from framesink.runtime.executors.cuda.kernels.formats import OutputFormat, encode
 from framesink.runtime.executors.cuda.kernels.linear_tiling import (
     FEW_ROWS,
     LEAST_CHANNELS,
@@ -22,6 +24,7 @@ _ONES = 4096
 # From so many inputs on, the library is faster without scales of channels.
 _DEEP = 8192
 _BLOCK = 1024
+_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,6 +66,27 @@ def linear(inputs: Tensor, weights: Weights, out: Tensor) -> None:
     else:
         tiling = choose_tiling(rows, len(weights.weight), depth, inputs.dtype, out.device)
         launch(inputs, weights, out, tiling)
+
+
+def gated_linear(
+    inputs: Tensor,
+    weights: Weights,
+    out: Tensor,
+    output_format: OutputFormat,
+    dtype: torch.dtype,
+) -> None:
+    """SwiGLU (arXiv 2002.05202): `out` `[M, I]` = silu(gate) · up of a `linear` whose `weights` are
+    gate's above up's, `[2·I, K]`. `dtype` is that of the activations, to which all is rounded as by
+    `linear` and `silu_and_multiply`; for few rows of codes both are one kernel."""
+    rows, depth = inputs.shape
+    channels = len(weights.weight)
+    if weights.scale is not None and rows <= FEW_ROWS:
+        tiling = choose_tiling(rows, channels, depth, inputs.dtype, out.device)
+        launch(inputs, weights, out, tiling, Gate(output_format, dtype))
+        return
+    projected = torch.empty((rows, channels), dtype=dtype, device=out.device)
+    linear(inputs, weights, projected)
+    silu_and_multiply(projected, out, output_format)
 
 
 def _library_takes(inputs: Tensor, weights: Weights, out: Tensor) -> bool:
@@ -111,9 +135,19 @@ def _ones(rows: int, device: torch.device) -> Tensor:
     return torch.ones((rows, 1), dtype=torch.float32, device=device)
 
 
-def launch(inputs: Tensor, weights: Weights, out: Tensor, tiling: Tiling) -> None:
-    """As `linear` of codes, in a given tiling. Raises ValueError for a sum in parts whose rows are
-    more than `MOST_ROW_TILES` tiles hold."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Gate:
+    """What ends a product of gate and up: the form of the output, and the activations' type."""
+
+    output: OutputFormat
+    dtype: torch.dtype
+
+
+def launch(
+    inputs: Tensor, weights: Weights, out: Tensor, tiling: Tiling, gate: Gate | None = None
+) -> None:
+    """As `linear` of codes, or `gated_linear`, in a given tiling. Raises ValueError for a sum in
+    parts whose rows are more than `MOST_ROW_TILES` tiles hold."""
     rows, depth = inputs.shape
     channels = len(weights.weight)
     column_tiles = triton.cdiv(channels, tiling.channels)
@@ -123,6 +157,7 @@ def launch(inputs: Tensor, weights: Weights, out: Tensor, tiling: Tiling) -> Non
         raise ValueError(f"a sum in parts has up to {most} rows in this tiling, not {rows}")
     sum_type = torch.int32 if weights.weight.dtype is torch.int8 else torch.float32
     share = triton.cdiv(triton.cdiv(depth, tiling.depth), tiling.splits) * tiling.depth
+    smoothing = None if gate is None else gate.output.smoothing
     parts = out
     if tiling.splits > 1:
         parts = torch.empty((tiling.splits, rows, channels), dtype=sum_type, device=out.device)
@@ -131,9 +166,11 @@ def launch(inputs: Tensor, weights: Weights, out: Tensor, tiling: Tiling) -> Non
         weights.weight,
         weights.scale,
         weights.scale if weights.bias is None else weights.bias,
+        weights.scale if smoothing is None else smoothing,
         out,
         parts,
         weights.arrivals,
+        1.0 if gate is None else gate.output.scale,
         rows,
         channels,
         depth,
@@ -146,6 +183,9 @@ def launch(inputs: Tensor, weights: Weights, out: Tensor, tiling: Tiling) -> Non
         ROW_TILES_TOGETHER=8,
         HAS_BIAS=weights.bias is not None,
         SUM_TYPE=tl.int32 if sum_type is torch.int32 else tl.float32,
+        GATED=gate is not None,
+        SMOOTH=smoothing is not None,
+        VALUE_TYPE=_TYPES[out.dtype if gate is None else gate.dtype],
         num_warps=tiling.warps,
         num_stages=tiling.stages,
         **overlapping(out.device),
@@ -158,9 +198,11 @@ def _linear(
     weight,
     scale,
     bias,
+    smoothing,
     out,
     parts,
     arrivals,
+    out_scale,
     rows,
     channels,
     depth,
@@ -173,6 +215,9 @@ def _linear(
     ROW_TILES_TOGETHER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SUM_TYPE: tl.constexpr,
+    GATED: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    VALUE_TYPE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     # The weight is the left operand, so that its channels fill the 64 rows of a matrix instruction
@@ -186,9 +231,17 @@ def _linear(
     band_size = tl.minimum(row_tiles - band_start, ROW_TILES_TOGETHER)
     within = tile - band_start * tl.cdiv(channels, CHANNELS)
     row = (band_start + within % band_size) * ROWS + tl.arange(0, ROWS)
-    channel = (within // band_size) * CHANNELS + tl.arange(0, CHANNELS)
     has_row = row < rows
-    has_channel = channel < channels
+    if GATED:
+        # Channels of gate, then the same ones of up.
+        HALF: tl.constexpr = CHANNELS // 2
+        member = tl.arange(0, CHANNELS)
+        inner = (within // band_size) * HALF + member % HALF
+        has_channel = inner < channels // 2
+        channel = inner + member // HALF * (channels // 2)
+    else:
+        channel = (within // band_size) * CHANNELS + tl.arange(0, CHANNELS)
+        has_channel = channel < channels
     step = tl.arange(0, DEPTH)
     start = split * share
     weight_row = weight + tl.where(has_channel, channel, 0).to(tl.int64)[:, None] * depth
@@ -232,7 +285,19 @@ def _linear(
         value *= tl.load(scale + channel, mask=has_channel, other=0.0)[:, None]
         if HAS_BIAS:
             value += tl.load(bias + channel, mask=has_channel, other=0.0).to(tl.float32)[:, None]
-        tl.store(out + place, value, mask=exists)
+        if GATED:
+            both = tl.reshape(value.to(VALUE_TYPE), (2, HALF, ROWS))
+            gates, ups = tl.split(tl.permute(both, (1, 2, 0)))
+            result = gated(gates, ups)
+            kept_channel = (within // band_size) * HALF + tl.arange(0, HALF)
+            kept = kept_channel < channels // 2
+            if SMOOTH:
+                result *= tl.load(smoothing + kept_channel, mask=kept, other=0.0)[:, None]
+            target = row.to(tl.int64)[None, :] * (channels // 2) + kept_channel[:, None]
+            codes = encode(result, out_scale, out.dtype.element_ty)
+            tl.store(out + target, codes, mask=kept[:, None] & has_row[None, :])
+        else:
+            tl.store(out + place, value, mask=exists)
 
 
 @triton.jit

@@ -26,10 +26,10 @@ LEAST_CHANNELS = 64
 # In how many tiles of rows a sum can be made that is split.
 MOST_ROW_TILES = 8
 # Programs per multiprocessor that sums of few rows are split for, with up to 32 rows (else 1), and
-# the fewest inputs of a part: of few rows, which stream the weight, and of more.
+# the fewest inputs of a part: with up to 16 rows, whose parts cost little, and with more.
 _PROGRAMS = 1.7
-_LEAST_STREAMED = 5120
 _LEAST_DEPTH = 1024
+_LEAST_DEPTH_OF_PARTS = 5120
 # Tiles of more rows: small ones, of which as many run at once on a multiprocessor, where there are
 # no more of them than that; else large ones, whose operands are read less often.
 _SMALL = Tiling(channels=64, rows=128, depth=128)
@@ -46,21 +46,29 @@ def choose_tiling(
     if rows > FEW_ROWS:
         tiling = _many_rows(rows, channels, depth, code_type, processors)
     else:
-        tile_rows = max(16, 1 << (rows - 1).bit_length())
-        tiles = -(-channels // LEAST_CHANNELS)
-        programs = int(processors * (_PROGRAMS if tile_rows <= 32 else 1))
-        wide = tiles > 2 * processors
-        tiling = Tiling(
-            channels=LEAST_CHANNELS,
-            rows=tile_rows,
-            # Rows of 256 bytes are long enough for the memory; many tokens leave no room for them.
-            depth=128 if wide and tile_rows > 32 else 256,
-            splits=max(1, min(programs // tiles, depth // _LEAST_STREAMED)),
-            # A program alone on its multiprocessor has much on its way; many share its memory.
-            stages=5 if not wide else 4 if tile_rows > 32 else 3,
-        )
+        tiling = _few_rows(rows, channels, depth, processors)
     stage = (tiling.channels + tiling.rows) * tiling.depth
     return replace(tiling, stages=min(tiling.stages, shared_memory // stage))
+
+
+def _few_rows(rows: int, channels: int, depth: int, processors: int) -> Tiling:
+    """Measured in a chain of a layer's products, which start while others end: what is fastest by
+    itself need not be."""
+    tile_rows = max(16, 1 << (rows - 1).bit_length())
+    tiles = -(-channels // LEAST_CHANNELS)
+    programs = int(processors * (_PROGRAMS if tile_rows <= 32 else 1))
+    least_depth = _LEAST_DEPTH if tile_rows == 16 else _LEAST_DEPTH_OF_PARTS
+    # Rows of 256 bytes are long enough for the memory.
+    tiling = Tiling(
+        LEAST_CHANNELS,
+        tile_rows,
+        depth=256,
+        splits=max(1, min(programs // tiles, depth // least_depth)),
+    )
+    if tiles > 2 * processors:
+        # Many programs share a multiprocessor's memory.
+        return replace(tiling, depth=128) if tile_rows > 32 else replace(tiling, stages=3)
+    return tiling if tile_rows == 16 else replace(tiling, stages=5)
 
 
 def _many_rows(
