@@ -74,7 +74,7 @@ def test_runs_add_up(tmp_path: Path, machine: Environment, monkeypatch: pytest.M
     path = tmp_path / "w720.json"
     add_result(path, STREAMS, RUN)
     assert kept(path)["live_streams"] == 33
-    assert "chunk_ms_p50" not in kept(path)
+    assert kept(path)["chunk_ms_p50"] is None
     later = replace(machine, date="2026-11-23", versions={"torch": "2.12"})
     monkeypatch.setattr(results, "environment", lambda: later)
     add_result(path, CHUNK, replace(RUN, command="framesink bench chunk"))

@@ -47,6 +47,7 @@ def add_result(path: Path, report: Report, run: Run) -> None:
         "precision": run.precision,
         "date": machine.date,
         "versions": machine.versions,
+        **dict.fromkeys(_COMPARED),
     }
     for key in _FIGURES:
         if key in sections:
@@ -117,6 +118,8 @@ _FIGURES: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
 
 
 KEPT = frozenset(_FIGURES)
+# They are in every file, as null if not measured.
+_COMPARED = ("chunk_ms_p50", "ttft_ms_p50", "decode_step_ms_p50", "live_streams")
 _OWN_WORKLOAD = frozenset({"endurance", "roofline"})
 
 
