@@ -13,7 +13,7 @@ from framesink.runtime.events import EventKind
 from framesink.runtime.executors.base import SequenceInput
 from framesink.runtime.kv.positions import text_span
 from framesink.runtime.kv.sequence_cache import SequenceCache
-from framesink.runtime.kv.span import PREFIX_TURN, Span, SpanKind, SpanPart
+from framesink.runtime.kv.span import PREFIX_TURN, SpanKind, SpanPart
 from framesink.runtime.models.config import ModelConfig
 from framesink.runtime.observer import EngineObserver
 from framesink.runtime.policies import Policy, TurnProfile
@@ -21,7 +21,7 @@ from framesink.runtime.prefix import Prefix
 from framesink.runtime.protocol import ChatProtocol
 from framesink.runtime.reply_writer import ReplyWriter
 from framesink.runtime.sampler import Sampler, SeenTokens
-from framesink.runtime.session_input import PreparedChunk, SessionInput
+from framesink.runtime.session_input import PreparedChunk, SessionInput, TurnInput
 from framesink.runtime.stats import SessionStats
 from framesink.runtime.turn import Turn
 from framesink.runtime.turn_builder import TurnBuilder
@@ -84,8 +84,7 @@ class Sequence:
         self._writer: ReplyWriter | None = None
         # For each answer still to come, the oldest first, whether it is a token of the reply.
         self._answers: deque[bool] = deque()
-        self._new_spans: list[Span] = []
-        self._dropped = 0
+        self._begun: TurnInput | None = None
         self._wanted = False
         self._decoding = False
         self._vocabulary = model.text.vocab_size
@@ -181,9 +180,7 @@ class Sequence:
         notice = self._builder.notice(turn)
         if notice is not None:
             self._events.put(notice)
-        question = given.question.tokens if given.question else ()
-        self._new_spans = self._builder.spans(turn, question)
-        self._dropped = given.chunk.dropped if given.chunk else 0
+        self._begun = given
         if given.chunk is not None and given.chunk.encoded:
             self.encoded(given.chunk.content)
         return True
@@ -194,16 +191,17 @@ class Sequence:
         It is apart from `begin_turn` so that a GPU can encode the chunk meanwhile. Raises
         CapacityError when the policy cannot make room.
         """
-        spans, self._new_spans = self._new_spans, []
-        if not spans:
+        given, self._begun = self._begun, None
+        if given is None:
             return
-        turn, options, dropped = self._current, self._options, self._dropped
+        turn, options = self._current, self._options
         kept = options.policy.select(self.cache.spans, turn.number, options.profile)
         evicted = self.cache.replace(kept)
-        for span in spans:
+        for span in self._builder.spans(turn, given):
             self.cache.append(span)
         questions = (span for span in self.cache.spans if span.kind is SpanKind.QUESTION)
         self._source.set_context_questions(sum(len(span) for span in questions))
+        dropped = given.chunk.dropped if given.chunk else 0
         self.stats = replace(
             self.stats,
             evicted_tokens=self.stats.evicted_tokens + evicted,

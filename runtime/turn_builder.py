@@ -56,15 +56,16 @@ class TurnBuilder:
             reply_tokens=chunk.reply_tokens if chunk else None,
         )
 
-    def spans(self, turn: Turn, question: tuple[int, ...]) -> list[Span]:
-        """The turn's spans up to where the reply begins; `question` are the tokens asked in it."""
+    def spans(self, turn: Turn, given: TurnInput) -> list[Span]:
+        """The spans of a turn that `begin` made of `given`, up to where the reply begins."""
         protocol, number = self._protocol, turn.number
         spans = [
             text_span(SpanKind.USER, SpanPart.OPEN, number, protocol.user_open),
             text_span(SpanKind.USER, SpanPart.TIME, number, protocol.time_text(turn.t0, turn.t1)),
         ]
-        if turn.chunk is not None:
-            spans.append(self._vision_span(turn, turn.chunk))
+        if given.chunk is not None:
+            spans.append(self._vision_span(turn, given.chunk))
+        question = given.question.tokens if given.question else ()
         for tokens in (self._first_query if number == 0 else (), question):
             if tokens:
                 spans.append(text_span(SpanKind.QUESTION, SpanPart.BODY, number, tokens))

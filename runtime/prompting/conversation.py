@@ -108,8 +108,7 @@ class Conversation:
             plan.policy, self._spans, turn.number, plan.profile, self._settings.trim_turns
         )
         evicted = before - _tokens(self._spans)
-        question = given.question.tokens if given.question else ()
-        self._spans += self._builder.spans(turn, question)
+        self._spans += self._builder.spans(turn, given)
         self._keep_videos(turn.number, given.chunk)
         self._source.set_context_questions(
             _tokens(span for span in self._spans if span.kind is SpanKind.QUESTION)
