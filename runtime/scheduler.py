@@ -19,6 +19,8 @@ from framesink.runtime.load.costs import WorkCosts
 
 # Longest that prompt parts and chunks may hold replies up, in seconds, if costs allow.
 MOST_STALL = 0.25
+# Of what a reply can spare, so much is given away in a step: what comes next may be due earlier.
+SPARED = 0.5
 # Smaller parts of prompts cost more than they write.
 LEAST_PART = 16
 
@@ -168,14 +170,13 @@ class _StepLimits:
         costs = self._costs
         if costs is None or most <= 0:
             return most
-        left = min(self._stall, self._slack(item)) - self._spent
-        left -= 0.0 if self._spent else costs.prefill.base
+        left = min(self._stall, self._slack(item)) - self._spent - costs.prefill.base
         if left < 0:
             return 0
         tokens = most if costs.prefill.each * most <= left else int(left / costs.prefill.each)
         if tokens < min(most, LEAST_PART):
             return 0
-        self._spent = (self._spent or costs.prefill.base) + costs.prefill.each * tokens
+        self._spent += costs.prefill.seconds(tokens)
         return tokens
 
     def take_chunk(self, item: Encoding) -> bool:
@@ -189,6 +190,7 @@ class _StepLimits:
         return fits
 
     def _slack(self, item: Work | Encoding) -> float:
-        """Seconds that all replies which are due before it can spare."""
+        """Seconds that all replies which are due before it give away."""
         due = self.due(item)
-        return min((slack for at, slack in self._replies if at < due), default=math.inf)
+        least = min((slack for at, slack in self._replies if at < due), default=math.inf)
+        return SPARED * least

@@ -1,5 +1,7 @@
 """What work costs, learned from steps whose costs are known, and how many streams fit by it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from fake.engine import make_engine
@@ -33,7 +35,7 @@ def show(
         decoding, prompts = int(random.integers(0, 30)), int(random.integers(0, 3))
         tokens = sum(int(random.integers(20, 800)) for _ in range(prompts))
         factor = float(np.exp(noise * random.standard_normal()))
-        seconds = costs.decode.seconds(decoding) + costs.prefill.seconds(tokens)
+        seconds = costs.step(decoding, tokens, prompts) - costs.round
         if decoding or tokens:
             meter.stepped(StepReport(decoding, prompts, decoding + tokens, factor * seconds))
         patches = int(random.integers(100, 3000))
@@ -76,7 +78,7 @@ def test_a_machine_that_becomes_slower_is_noticed() -> None:
     slow = WorkCosts(
         *(LinearCost(3 * c.base, 3 * c.each) for c in (H200.vision, H200.prefill, H200.decode))
     )
-    show(meter, slow, 1500)
+    show(meter, slow, 3000)
     assert learned(meter).step(16, 700) == pytest.approx(slow.step(16, 700), rel=0.25)
 
 
@@ -129,9 +131,38 @@ def test_one_stream_more_than_fits_is_too_much(
 
 def test_the_load_is_the_sum_that_the_brief_makes() -> None:
     """Forty W720 streams: 20 decode steps of everyone, forty prompts, forty chunks a second."""
-    decode = 19 * (2.6e-3 + 0.3e-3 + 40 * 0.175e-3)
-    rest = 40 * (1e-3 + 13.5e-3 + 5e-3)
+    decode = 19 * (2.6e-3 + 40 * 0.175e-3)
+    rest = 40 * (1e-3 + 13.5e-3 + 5e-3 + 0.3e-3)
     assert predicted_load([W720] * 40, H200) == pytest.approx(decode + rest)
+
+
+def test_replies_that_ride_on_prompts_take_no_step_of_their_own() -> None:
+    """Where a step of both takes no longer than the prompt, 40 prompts carry 19 decode steps."""
+    costs = replace(H200, saved=2.6e-3)
+    assert predicted_load([W720] * 40, H200) - predicted_load([W720] * 40, costs) == (
+        pytest.approx(19 * 2.6e-3)
+    )
+    assert predicted_load([W720], H200) - predicted_load([W720], costs) == pytest.approx(2.6e-3)
+
+
+def test_what_steps_save_by_being_shared_is_learned() -> None:
+    costs = replace(H200, saved=2e-3)
+    meter = CostMeter()
+    show(meter, costs, 600)
+    assert learned(meter).step(15, 700) == pytest.approx(costs.step(15, 700), rel=0.1)
+    assert learned(meter).step(15, 0) == pytest.approx(costs.step(15, 0), rel=0.1)
+
+
+def test_what_a_further_reply_costs_is_not_forgotten_in_quiet_hours() -> None:
+    """After thousands of steps of one or two replies, thirty cost what they did."""
+    meter = CostMeter()
+    show(meter, H200, 300)
+    random = np.random.default_rng(1)
+    for _ in range(4000):
+        decoding = int(random.integers(1, 3))
+        seconds = H200.decode.seconds(decoding) * float(np.exp(0.1 * random.standard_normal()))
+        meter.stepped(StepReport(decoding, 0, decoding, seconds))
+    assert learned(meter).step(30, 0) == pytest.approx(H200.step(30, 0), rel=0.2)
 
 
 def test_a_rehearsal_leaves_nothing_behind() -> None:

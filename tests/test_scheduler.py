@@ -167,7 +167,7 @@ def test_prompts_hold_replies_up_no_longer_than_allowed(
     parts = [
         (by_number[s.sequence], s.tokens) for s in shares if not by_number[s.sequence].decoding
     ]
-    spent = SLOW.prefill.seconds(sum(tokens for _, tokens in parts))
+    spent = sum(SLOW.prefill.seconds(tokens) for _, tokens in parts)
     if replies:
         worth = SLOW.prefill.seconds(LEAST_PART) + SLOW.prefill.base
         assert spent <= max(most_stall, worth) + 1e-9
@@ -184,18 +184,19 @@ def test_a_prompt_waits_for_a_reply_that_is_due_first() -> None:
     prompt = Work(1, NOW + 9, 30, decoding=False, reply_tokens=3, grace=1)
     # Three steps are 0.3 s, the least part of the prompt 0.18 s.
     hurried = Work(2, NOW + 0.4, 1, decoding=True, reply_tokens=3, grace=1)
-    relaxed = Work(2, NOW + 0.7, 1, decoding=True, reply_tokens=3, grace=1)
+    relaxed = Work(2, NOW + 0.75, 1, decoding=True, reply_tokens=3, grace=1)
     lost = Work(2, NOW - 5.0, 1, decoding=True, reply_tokens=3, grace=1)
     scheduler = make_scheduler(costs=SLOW)
     assert scheduler.schedule([prompt, hurried]) == [Share(2, 1)]
-    assert scheduler.schedule([prompt, relaxed]) == [Share(2, 1), Share(1, 23)]
+    # Half of the 0.45 s that it can spare: 0.02 s and 20 tokens.
+    assert scheduler.schedule([prompt, relaxed]) == [Share(2, 1), Share(1, 20)]
     assert scheduler.schedule([prompt, lost]) == [Share(2, 1), Share(1, 23)]
 
 
 def test_so_does_a_chunk() -> None:
     chunk = Encoding(1, NOW + 9, 30, reply_tokens=3, grace=1)
     hurried = Work(2, NOW + 0.4, 1, decoding=True, reply_tokens=3)
-    relaxed = Work(2, NOW + 0.7, 1, decoding=True, reply_tokens=3)
+    relaxed = Work(2, NOW + 1.0, 1, decoding=True, reply_tokens=3)
     scheduler = make_scheduler(costs=SLOW)
     assert scheduler.schedule_encoding([chunk], [hurried]) == []
     assert scheduler.schedule_encoding([chunk], [relaxed]) == [1]
@@ -224,7 +225,7 @@ def test_as_many_streams_as_are_said_to_fit_are_in_time(together: bool) -> None:
 
 def test_a_load_above_one_falls_behind_and_none_below() -> None:
     """The load is what it says: streams spread over the second use all of the time."""
-    most = max(n for n in range(1, 60) if predicted_load([W720] * n, H200) < 0.98)
+    most = max(n for n in range(1, 60) if predicted_load([W720] * n, H200) < 0.96)
     for count, late in ((most, False), (most + 4, True)):
         streams = [LiveStream(W720, i / count) for i in range(count)]
         run = run_live(streams, 20.0, h200_scheduler)

@@ -1,11 +1,12 @@
 """How much of a machine's time streams take, and how many of them fit.
 
 Every chunk of a stream is encoded and its prompt written once; its reply takes a step per token. A
-step is shared by all replies under way, so a machine that is full runs no more steps than the
-longest reply has tokens, and each of them with every stream in it: that is what is counted.
+step is shared by all replies under way, so a machine that is full runs no more decode steps than
+the longest reply has tokens, each of them with every stream in it, and as many of them as there are
+prompts beside a prompt: that is what is counted.
 """
 
-import math
+from bisect import bisect_right
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -37,18 +38,31 @@ def predicted_load(streams: Collection[StreamShape], costs: WorkCosts) -> float:
     if not streams:
         return 0.0
     alone = sum(_own_seconds(shape, costs) / shape.chunk_seconds for shape in streams)
+    prompts = sum(1 / shape.chunk_seconds for shape in streams)
     steps = max(shape.decode_steps / shape.chunk_seconds for shape in streams)
-    return alone + steps * (costs.decode.base + costs.round)
+    return alone + _shared(prompts, steps, costs)
 
 
 def streams_that_fit(shape: StreamShape, costs: WorkCosts, utilisation: float = UTILISATION) -> int:
     """How many streams of one shape take at most `utilisation` of the time; 0 if not even one."""
-    shared = shape.decode_steps * (costs.decode.base + costs.round)
-    left = utilisation * shape.chunk_seconds - shared
-    return max(0, math.floor(left / _own_seconds(shape, costs) + 1e-9))
+    own, length = _own_seconds(shape, costs), shape.chunk_seconds
+
+    def load(streams: int) -> float:
+        shared = _shared(streams / length, shape.decode_steps / length, costs)
+        return streams * own / length + shared
+
+    most = int(utilisation * length / own) + 1
+    return bisect_right(range(1, most + 1), utilisation + 1e-9, key=load)
 
 
 def _own_seconds(shape: StreamShape, costs: WorkCosts) -> float:
     """What a stream adds for each of its chunks; a moment at least."""
     seconds = costs.vision.seconds(shape.patches) + costs.prefill.seconds(shape.prompt_tokens)
-    return max(1e-9, seconds + shape.decode_steps * costs.decode.each)
+    return max(1e-6, seconds + shape.decode_steps * costs.decode.each)
+
+
+def _shared(prompts: float, steps: float, costs: WorkCosts) -> float:
+    """What `steps` decode steps a second take whoever is in them, `prompts` of them, if there are
+    as many, beside a prompt."""
+    host = max(prompts, steps) * costs.round
+    return host + steps * costs.decode.base - min(prompts, steps) * costs.saved

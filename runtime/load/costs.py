@@ -1,31 +1,36 @@
 """What work costs on this machine, learned from the steps it has run.
 
 Three kinds of work, each a base and a price per unit: a chunk in the vision encoder by its patches,
-the prompt parts of a step by their tokens, the replies of a step by their number. They are fitted
-by exponentially weighted least squares of relative errors (Haykin, Adaptive Filter Theory, chapter
-10), with Huber's weights (1964) against steps that something else held up, and a little ridge
-(Hoerl and Kennard, 1970) for what the steps so far cannot tell apart. No price is below 0.
+a part of a prompt by its tokens, the replies of a step by their number. Parts and replies that
+share a step may take less than apart.
+
+What was seen is kept by size, in powers of two, so that what a rare size has taught is not
+forgotten while another is common. Sizes are averaged with less weight for what is old, and what
+something else held up is cut off (winsorized; Huber, 1964). The prices are fitted to the averages
+by least squares of relative errors, with a little ridge (Hoerl and Kennard, 1970) for what they
+cannot tell apart. No price is below 0.
 """
 
 import threading
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from framesink.runtime.observer import NullObserver, StepReport
 
-# Samples after which an observation weighs half as much as a new one.
-STEP_HALF_LIFE = 512
-CHUNK_HALF_LIFE = 64
-# An observation further from what was expected, relative to that, weighs less in proportion.
-HUBER = 0.5
+# Observations of one size that are averaged, and those of all sizes after which an average weighs
+# half as much.
+AVERAGED = 16
+HALF_LIFE = 4096
+# An observation further from the average, relative to that, counts as if it were this far.
+FURTHEST = 0.5
 # Errors of what takes less are told apart no better.
 LEAST_SECONDS = 1e-4
 RIDGE = 1e-3
-# Observations are folded in by so many, fewer in the beginning: a fit takes longer than a note.
-FOLD = 32
+# Prices are fitted anew after so many observations, fewer in the beginning.
+REFIT = 32
 # Rounds whose time beyond their parts' is averaged, and the share of the longest that is left out.
 ROUNDS = 256
 TRIMMED = 0.05
@@ -45,18 +50,23 @@ class LinearCost:
 
 @dataclass(frozen=True, slots=True)
 class WorkCosts:
-    """What work costs. `vision` is of a chunk by ViT patches, `prefill` of a step's prompt parts by
+    """What work costs. `vision` is of a chunk by ViT patches, `prefill` of a part of a prompt by
     tokens, `decode` of a step's replies by sequences; `round` are the seconds that the host adds to
-    a step."""
+    a step, `saved` those that a step with prompt parts and replies takes less than two."""
 
     vision: LinearCost
     prefill: LinearCost
     decode: LinearCost
     round: float = 0.0
+    saved: float = 0.0
 
-    def step(self, decoding: int, prompt_tokens: int) -> float:
-        """Seconds of a step that writes a token of `decoding` replies and so much of prompts."""
-        return self.round + self.decode.seconds(decoding) + self.prefill.seconds(prompt_tokens)
+    def step(self, decoding: int, prompt_tokens: int, parts: int = 1) -> float:
+        """Seconds of a step that writes a token of `decoding` replies, and `prompt_tokens` in so
+        many parts of prompts."""
+        seconds = self.round + self.decode.seconds(decoding)
+        if prompt_tokens > 0:
+            seconds += self.prefill.base * parts + self.prefill.each * prompt_tokens
+        return seconds - (self.saved if decoding > 0 and prompt_tokens > 0 else 0.0)
 
 
 class CostMeter(NullObserver):
@@ -69,8 +79,8 @@ class CostMeter(NullObserver):
     def reset(self) -> None:
         """Forget everything."""
         with self._lock:
-            self._steps = _Fit(4, STEP_HALF_LIFE)
-            self._chunks = _Fit(2, CHUNK_HALF_LIFE)
+            self._steps = _Fit(5)
+            self._chunks = _Fit(2)
             self._hidden: deque[float] = deque(maxlen=ROUNDS)
             self._reported = 0.0
             self._stepped = False
@@ -85,7 +95,9 @@ class CostMeter(NullObserver):
     def stepped(self, report: StepReport) -> None:
         """See EngineObserver."""
         prompt = max(0, report.tokens - report.decoding) if report.prefilling else 0
-        row = (float(report.decoding > 0), report.decoding, float(prompt > 0), prompt)
+        parts = report.prefilling if prompt else 0
+        shared = report.decoding > 0 and parts > 0
+        row = (float(report.decoding > 0), report.decoding, parts, prompt, -float(shared))
         with self._lock:
             self._reported += report.seconds
             self._stepped = True
@@ -111,7 +123,7 @@ class CostMeter(NullObserver):
     def _publish(self) -> None:
         if not (self._decoded and self._prefilled):
             return
-        decode_base, decode_each, prefill_base, prefill_each = self._steps.prices.tolist()
+        decode_base, decode_each, prefill_base, prefill_each, saved = self._steps.prices.tolist()
         vision_base, vision_each = self._chunks.prices.tolist()
         hidden = sorted(self._hidden)
         kept = hidden[: len(hidden) - int(TRIMMED * len(hidden))]
@@ -120,59 +132,79 @@ class CostMeter(NullObserver):
             prefill=LinearCost(prefill_base, prefill_each),
             decode=LinearCost(decode_base, decode_each),
             round=sum(kept) / len(kept) if kept else 0.0,
+            saved=min(saved, decode_base),
         )
 
 
+@dataclass(slots=True)
+class _Size:
+    """Observations of about one size: their average, how many it is of, and when the last one was
+    made."""
+
+    row: NDArray[np.float64]
+    seconds: float
+    count: int = 1
+    last: int = 0
+
+    def add(self, row: tuple[float, ...], seconds: float) -> None:
+        """One more."""
+        self.count = min(self.count + 1, AVERAGED)
+        furthest = FURTHEST * max(self.seconds, LEAST_SECONDS)
+        near = min(max(seconds, self.seconds - furthest), self.seconds + furthest)
+        self.row += (np.array(row) - self.row) / self.count
+        self.seconds += (near - self.seconds) / self.count
+
+
+@dataclass(slots=True)
 class _Fit:
     """Prices of a few kinds of units, from what lots of them took together."""
 
-    def __init__(self, kinds: int, half_life: int) -> None:
-        self.prices: NDArray[np.float64] = np.zeros(kinds)
-        self._decay = 0.5 ** (1.0 / half_life)
-        self._products: NDArray[np.float64] = np.zeros((kinds, kinds))
-        self._answers: NDArray[np.float64] = np.zeros(kinds)
-        self._rows: list[tuple[float, ...]] = []
-        self._seconds: list[float] = []
-        self._seen = 0
+    kinds: int
+    prices: NDArray[np.float64] = field(init=False)
+    _sizes: dict[tuple[int, ...], _Size] = field(default_factory=dict)
+    _seen: int = 0
+    _fitted: int = 0
+
+    def __post_init__(self) -> None:
+        self.prices = np.zeros(self.kinds)
 
     def add(self, row: tuple[float, ...], seconds: float) -> bool:
         """Note how long a lot took; whether the prices are new."""
-        self._rows.append(row)
-        self._seconds.append(seconds)
         self._seen += 1
-        if len(self._rows) < min(FOLD, max(1, self._seen // 2)):
+        key = tuple(int(abs(units)).bit_length() for units in row)
+        size = self._sizes.get(key)
+        if size is None:
+            size = self._sizes[key] = _Size(np.array(row, dtype=np.float64), seconds)
+        else:
+            size.add(row, seconds)
+        size.last = self._seen
+        if self._seen - self._fitted < min(REFIT, max(1, self._seen // 2)):
             return False
-        self._fold()
+        self._fitted = self._seen
+        self._solve()
         return True
 
-    def _fold(self) -> None:
-        rows = np.array(self._rows, dtype=np.float64)
-        seconds = np.array(self._seconds)
-        self._rows.clear()
-        self._seconds.clear()
-        expected = rows @ self.prices
-        scale = np.maximum(np.where(expected > 0, expected, seconds), LEAST_SECONDS)
-        surprise = np.abs(seconds - scale) / scale
-        weights = np.minimum(1.0, HUBER / np.maximum(surprise, HUBER)) / scale**2
-        weights *= self._decay ** np.arange(len(rows) - 1, -1, -1)
-        faded = self._decay ** len(rows)
-        self._products = self._products * faded + (rows * weights[:, None]).T @ rows
-        self._answers = self._answers * faded + rows.T @ (weights * seconds)
-        self.prices = self._solve()
-
-    def _solve(self) -> NDArray[np.float64]:
-        """The prices, none below 0: what would be is set to 0, the lowest first."""
-        prices = np.zeros(len(self._answers))
-        sizes = np.sqrt(np.diagonal(self._products))
-        free = [kind for kind in range(len(prices)) if sizes[kind] > 0]
+    def _solve(self) -> None:
+        """Fit the prices, none below 0: what would be is set to 0, the lowest first."""
+        sizes = list(self._sizes.values())
+        rows = np.array([size.row for size in sizes])
+        seconds = np.array([size.seconds for size in sizes])
+        ages = np.array([self._seen - size.last for size in sizes])
+        counts = np.array([size.count for size in sizes])
+        weights = counts * 0.5 ** (ages / HALF_LIFE) / np.maximum(seconds, LEAST_SECONDS) ** 2
+        products = (rows * weights[:, None]).T @ rows
+        answers = rows.T @ (weights * seconds)
+        lengths = np.sqrt(np.diagonal(products))
+        prices = np.zeros(self.kinds)
+        free = [kind for kind in range(self.kinds) if lengths[kind] > 0]
         while free:
             across = np.ix_(free, free)
-            scaled = self._products[across] / np.outer(sizes[free], sizes[free])
+            scaled = products[across] / np.outer(lengths[free], lengths[free])
             found = np.linalg.solve(
-                scaled + RIDGE * np.eye(len(free)), self._answers[free] / sizes[free]
+                scaled + RIDGE * np.eye(len(free)), answers[free] / lengths[free]
             )
             if found.min() >= 0:
-                prices[free] = found / sizes[free]
+                prices[free] = found / lengths[free]
                 break
             free.pop(int(found.argmin()))
-        return prices
+        self.prices = prices

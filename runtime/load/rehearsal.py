@@ -19,7 +19,7 @@ from framesink.runtime.session import Session
 from framesink.runtime.session_plan import SessionPlan
 
 # Sessions that share a step, so that what a further one costs is seen.
-MOST_SESSIONS = 4
+LEAST_SESSIONS, MOST_SESSIONS = 2, 4
 # Turns that are measured, alone and together; before them comes one in which executors prepare what
 # they need.
 TURNS = 3
@@ -61,7 +61,7 @@ def rehearse(
     """Hold sessions of black frames for about `seconds`, alone and together, and end them.
 
     Their contexts are as long as those of sessions of `plan`, of words where these have vision.
-    Filling them takes longest: it is done for more than one as long as half of `seconds` are left.
+    Filling them takes longest: there are more than two only within half of `seconds`.
     Where the likeliest reply to black frames is a short one, further sessions say anything.
     `meter` then knows the costs, unless there is no room for a session, or the model says nothing.
     """
@@ -69,12 +69,14 @@ def rehearse(
     side = preprocess.patch_size * preprocess.merge_size
     count = groups * preprocess.temporal_patch_size
     frames = np.zeros((count, rows * side, columns * side, 3), np.uint8)
-    begun = time.monotonic()
     words = _words(plan, protocol)
     with ExitStack() as stack:
         sessions: list[Session] = []
         sampling = LIKELIEST
-        while len(sessions) < MOST_SESSIONS and time.monotonic() - begun <= seconds / 2:
+        begun = time.monotonic()
+        while len(sessions) < LEAST_SESSIONS or (
+            len(sessions) < MOST_SESSIONS and time.monotonic() - begun < seconds / 2
+        ):
             try:
                 session = open_session(
                     FullAttention(),
@@ -89,6 +91,8 @@ def rehearse(
             sessions.append(stack.enter_context(session))
             if _turns([session], frames, 1) < REPLY_TOKENS:
                 sampling = ANY_TOKEN
+            if len(sessions) == 1:  # whose first turn prepares what all need
+                begun = time.monotonic()
         meter.reset()
         _turns(sessions[:1], frames, TURNS)
         _turns(sessions, frames, TURNS)

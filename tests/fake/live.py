@@ -60,7 +60,9 @@ class SlowExecutor(FakeExecutor):
         """See Executor."""
         sizes = [given.token_ids.size for given in batch]
         decoding = sizes.count(1)
-        self._clock.now += self.slowness * self._costs.step(decoding, sum(sizes) - decoding)
+        self._clock.now += self.slowness * self._costs.step(
+            decoding, sum(sizes) - decoding, len(sizes) - decoding
+        )
         return super().step(batch)
 
 

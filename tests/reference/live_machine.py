@@ -111,7 +111,7 @@ def run_live(
         assert encoded or shares, "there is work, and none is done"
         decoding = sum(streams[share.sequence].prompt == 0 for share in shares)
         prompt = sum(s.tokens for s in shares if streams[s.sequence].prompt > 0)
-        now += costs.step(decoding, prompt)
+        now += costs.step(decoding, prompt, len(shares) - decoding)
         for share in shares:
             stream = streams[share.sequence]
             if stream.prompt > 0:
