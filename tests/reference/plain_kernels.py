@@ -184,8 +184,6 @@ def rotate_heads(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
 
 def window_attention(
     qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
     starts: Tensor,
     longest: int,
     heads: int,
@@ -193,9 +191,7 @@ def window_attention(
     output_format: OutputFormat,
 ) -> None:
     """Every window of the vision encoder by itself."""
-    turned = qkv.clone()
-    rotate_heads(turned, cos, sin, heads)
-    query, key, value = turned.view(len(qkv), 3, heads, -1).transpose(0, 2).unbind(1)
+    query, key, value = qkv.view(len(qkv), 3, heads, -1).transpose(0, 2).unbind(1)
     mixed = torch.empty(query.shape, dtype=qkv.dtype)
     for start, end in pairwise(starts.tolist()):
         assert 0 < end - start <= longest

@@ -106,8 +106,6 @@ class Operations(Protocol):
     def window_attention(
         self,
         qkv: Tensor,
-        cos: Tensor,
-        sin: Tensor,
         starts: Tensor,
         longest: int,
         heads: int,
@@ -115,7 +113,7 @@ class Operations(Protocol):
         output: OutputFormat,
         /,
     ) -> None:
-        """Attention within the windows of the vision encoder, queries and keys rotated there."""
+        """Attention within the windows of the vision encoder, queries and keys rotated before."""
         ...
 
     def frames_to_patches(

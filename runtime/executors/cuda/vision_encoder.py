@@ -133,12 +133,12 @@ class VisionEncoder:
         """Attention within windows, or within frames: `[n, 3·hidden]` to `[n, hidden]` in the form
         `reader` wants."""
         layers, heads = self._layers, self._config.num_heads
+        layers.operations.rotate_heads(qkv, layout.cos, layout.sin, heads)
         if full:
-            layers.operations.rotate_heads(qkv, layout.cos, layout.sin, heads)
             return layers.encode(self._attend_frames(qkv, layout.frames), reader)
         mixed = layers.form((len(qkv), self._config.hidden_size), reader, qkv.device)
         layers.operations.window_attention(
-            qkv, layout.cos, layout.sin, layout.starts, layout.longest, heads, mixed, reader.input
+            qkv, layout.starts, layout.longest, heads, mixed, reader.input
         )
         return mixed
 

@@ -1,4 +1,4 @@
-"""The vision encoder's own kernels: attention within windows, and RoPE for attention by frame."""
+"""The vision encoder's own kernels: RoPE, and attention within windows."""
 
 import triton
 import triton.language as tl
@@ -31,46 +31,43 @@ def rotate_heads(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
 
 def window_attention(
     qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
     starts: Tensor,
     longest: int,
     heads: int,
     out: Tensor,
     output_format: OutputFormat,
 ) -> None:
-    """Attention of rows within their window, queries and keys rotated as they are read.
+    """Attention of rows within their window.
 
-    `qkv` `[n, 3·heads·D]`, `cos` and `sin` float32 `[n, D/2]` as in `rotate_heads`; `qkv` is left
-    as it is. `starts` int32 `[W + 1]`: window w is rows `starts[w]` to `starts[w + 1]`, of which
-    there are at most `longest`. `out` `[n, heads·D]`. Rotated rows, probabilities and results are
-    rounded to the type of `qkv`.
+    `qkv` `[n, 3·heads·D]`, queries and keys rotated; D is at least 16. `starts` int32 `[W + 1]`:
+    window w is rows `starts[w]` to `starts[w + 1]`, of which there are at most `longest`. `out`
+    `[n, heads·D]`. Probabilities and results are rounded to the type of `qkv`.
 
     A window is one tile of keys, so softmax needs no second pass and windows that are cut off need
-    no padding in memory.
+    no padding in memory. A head of 80 channels is 64 and 16, not 128.
     """
-    half = cos.shape[1]
+    head_dim = qkv.shape[1] // (3 * heads)
+    first = 1 << (head_dim.bit_length() - 1)
     smoothing = output_format.smoothing
     _window_attention[(len(starts) - 1, heads)](
         qkv,
-        cos,
-        sin,
         starts,
         qkv if smoothing is None else smoothing,
         out,
         output_format.scale,
-        _LOG2_E * (2 * half) ** -0.5,
+        _LOG2_E * head_dim**-0.5,
         HEADS=heads,
         LENGTH=max(_LEAST_TILE, triton.next_power_of_2(longest)),
-        HALF=half,
-        HALF_BLOCK=max(_LEAST_TILE, triton.next_power_of_2(half)),
+        SIZE=head_dim,
+        FIRST=first,
+        REST=max(_LEAST_TILE, triton.next_power_of_2(head_dim - first)),
         SMOOTH=smoothing is not None,
         num_warps=4,
         **overlapping(qkv.device),
     )
 
 
-# HALF and HEADS are constants so that the compiler knows how far rows of 80 bytes are aligned.
+# HALF and HEADS are constants, so that the compiler knows how far rows of 80 bytes are aligned.
 @triton.jit
 def _rotate_heads(
     qkv,
@@ -100,8 +97,6 @@ def _rotate_heads(
 @triton.jit
 def _window_attention(
     qkv,
-    cosines,
-    sines,
     starts,
     smoothing,
     out,
@@ -109,8 +104,9 @@ def _window_attention(
     score_scale,
     HEADS: tl.constexpr,
     LENGTH: tl.constexpr,
-    HALF: tl.constexpr,
-    HALF_BLOCK: tl.constexpr,
+    SIZE: tl.constexpr,
+    FIRST: tl.constexpr,
+    REST: tl.constexpr,
     SMOOTH: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -118,39 +114,38 @@ def _window_attention(
     start = tl.load(starts + tl.program_id(0))
     size = tl.load(starts + tl.program_id(0) + 1) - start
     place = tl.arange(0, LENGTH)
-    pair = tl.arange(0, HALF_BLOCK)[None, :]
-    exists = (place < size)[:, None] & (pair < HALF)
     row = (start + place).to(tl.int64)[:, None]
-    column = tl.program_id(1) * (2 * HALF) + pair
-    cos = tl.load(cosines + row * HALF + pair, mask=exists, other=0.0)
-    sin = tl.load(sines + row * HALF + pair, mask=exists, other=0.0)
-    query = qkv + row * (3 * HEADS * 2 * HALF) + column
-    key = query + HEADS * 2 * HALF
-    value = key + HEADS * 2 * HALF
-    # Halves of a head are read apart: each is a power of two or is filled up to one with zeros.
-    query_first, query_second = _turned(query, exists, cos, sin, HALF)
-    key_first, key_second = _turned(key, exists, cos, sin, HALF)
-    scores = tl.dot(query_first, tl.trans(key_first))
-    scores = tl.dot(query_second, tl.trans(key_second), scores)
+    exists = (place < size)[:, None]
+    offset = tl.program_id(1) * SIZE
+    query = qkv + row * (3 * HEADS * SIZE) + offset
+    key = query + HEADS * SIZE
+    value = key + HEADS * SIZE
+    column = tl.arange(0, FIRST)[None, :]
+    rest = FIRST + tl.arange(0, REST)[None, :]
+    has_rest = exists & (rest < SIZE)
+    # Everything is asked for before anything is waited for.
+    queries = tl.load(query + column, mask=exists, other=0.0)
+    keys = tl.load(key + column, mask=exists, other=0.0)
+    if SIZE > FIRST:
+        more_queries = tl.load(query + rest, mask=has_rest, other=0.0)
+        more_keys = tl.load(key + rest, mask=has_rest, other=0.0)
+        more_values = tl.load(value + rest, mask=has_rest, other=0.0)
+    values = tl.load(value + column, mask=exists, other=0.0)
+    scores = tl.dot(queries, tl.trans(keys))
+    if SIZE > FIRST:
+        scores = tl.dot(more_queries, tl.trans(more_keys), scores)
     scores = tl.where(place[None, :] < size, scores * score_scale, -float("inf"))
     weights = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
     total = tl.sum(weights, axis=1)[:, None]
     weights = weights.to(qkv.dtype.element_ty)
-    for part in tl.static_range(2):
-        offset = part * HALF
-        mixed = tl.dot(weights, tl.load(value + offset, mask=exists, other=0.0)) / total
-        mixed = mixed.to(qkv.dtype.element_ty).to(tl.float32)
+
+    target = out + row * (HEADS * SIZE) + offset
+    mixed = (tl.dot(weights, values) / total).to(qkv.dtype.element_ty).to(tl.float32)
+    if SMOOTH:
+        mixed *= tl.load(smoothing + offset + column)
+    tl.store(target + column, encode(mixed, out_scale, out.dtype.element_ty), mask=exists)
+    if SIZE > FIRST:
+        mixed = (tl.dot(weights, more_values) / total).to(qkv.dtype.element_ty).to(tl.float32)
         if SMOOTH:
-            mixed *= tl.load(smoothing + column + offset, mask=pair < HALF, other=0.0)
-        codes = encode(mixed, out_scale, out.dtype.element_ty)
-        tl.store(out + row * (HEADS * 2 * HALF) + column + offset, codes, mask=exists)
-
-
-@triton.jit
-def _turned(heads, exists, cos, sin, HALF: tl.constexpr):
-    """Both halves of a head's rows, rotated, in their own type."""
-    first = tl.load(heads, mask=exists, other=0.0)
-    second = tl.load(heads + HALF, mask=exists, other=0.0)
-    dtype = first.dtype
-    first, second = first.to(tl.float32), second.to(tl.float32)
-    return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
+            mixed *= tl.load(smoothing + offset + rest, mask=rest < SIZE, other=0.0)
+        tl.store(target + rest, encode(mixed, out_scale, out.dtype.element_ty), mask=has_rest)
