@@ -1,4 +1,4 @@
-"""Draw docs/results/w720-h200-*.json against the floor and other systems: docs/w720-h200.svg.
+"""Draw files of results against their floors and other systems.
 
 pip install matplotlib
 python scripts/plot_results.py docs/results/w720-h200-*.json -o docs/w720-h200.svg
@@ -44,6 +44,7 @@ LONGEST_MS = 350.0
 def main(results: tuple[Path, ...], output: Path) -> None:
     """Draw RESULTS, files that `framesink bench --results` made."""
     found = [figures for path in results if (figures := read_figures(path)) is not None]
+    found.sort(key=lambda figures: figures.chunk.total)
     if not found:
         raise click.UsageError("None of these files has a chunk that was measured on a GPU.")
     mpl.rcParams |= {
@@ -82,8 +83,9 @@ def names(found: Sequence[ResultFigures]) -> list[str]:
 
 
 def short(figures: ResultFigures) -> str:
-    """The precision of the linear layers alone: FP8, INT8, BF16."""
-    return figures.precision.split()[0].upper()
+    """The precision of the linear layers, and of K/V if those are in one byte."""
+    blocks, _, cache, _ = (part.split()[0].upper() for part in figures.precision.split(", "))
+    return blocks if cache == "BF16" else f"{blocks}, K/V {cache}"
 
 
 def draw_chunks(axes: Axes, found: Sequence[ResultFigures]) -> None:
@@ -130,6 +132,7 @@ def draw_streams(axes: Axes, found: Sequence[ResultFigures]) -> None:
     rows = [*counts, *((count, False) for _, count in OTHERS.values())]
     for row, (count, faint) in enumerate(rows):
         if count is None:
+            axes.text(0, row, "" if faint else " not measured", va="center")
             continue
         ours = row < len(counts)
         axes.barh(
