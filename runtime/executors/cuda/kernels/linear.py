@@ -239,12 +239,20 @@ def _linear(
         inner = (within // band_size) * HALF + member % HALF
         has_channel = inner < channels // 2
         channel = inner + member // HALF * (channels // 2)
+        kept_channel = (within // band_size) * HALF + tl.arange(0, HALF)
+        kept = kept_channel < channels // 2
     else:
         channel = (within // band_size) * CHANNELS + tl.arange(0, CHANNELS)
         has_channel = channel < channels
     step = tl.arange(0, DEPTH)
     start = split * share
     weight_row = weight + tl.where(has_channel, channel, 0).to(tl.int64)[:, None] * depth
+    # Not at the end, where they would have to come through all the weights that are on their way.
+    unit = tl.load(scale + channel, mask=has_channel, other=0.0)
+    if HAS_BIAS:
+        shift = tl.load(bias + channel, mask=has_channel, other=0.0)
+    if SMOOTH:
+        factors = tl.load(smoothing + kept_channel, mask=kept, other=0.0)
     await_inputs(OVERLAP)
     # A row that is not there is not read: all programs would ask for one cache line at a time.
     input_row = inputs + row.to(tl.int64)[None, :] * depth
@@ -282,17 +290,15 @@ def _linear(
                 )
     if last:
         value = sums.to(tl.float32)
-        value *= tl.load(scale + channel, mask=has_channel, other=0.0)[:, None]
+        value *= unit[:, None]
         if HAS_BIAS:
-            value += tl.load(bias + channel, mask=has_channel, other=0.0).to(tl.float32)[:, None]
+            value += shift.to(tl.float32)[:, None]
         if GATED:
             both = tl.reshape(value.to(VALUE_TYPE), (2, HALF, ROWS))
             gates, ups = tl.split(tl.permute(both, (1, 2, 0)))
             result = gated(gates, ups)
-            kept_channel = (within // band_size) * HALF + tl.arange(0, HALF)
-            kept = kept_channel < channels // 2
             if SMOOTH:
-                result *= tl.load(smoothing + kept_channel, mask=kept, other=0.0)[:, None]
+                result *= factors[:, None]
             target = row.to(tl.int64)[None, :] * (channels // 2) + kept_channel[:, None]
             codes = encode(result, out_scale, out.dtype.element_ty)
             tl.store(out + target, codes, mask=kept[:, None] & has_row[None, :])

@@ -57,10 +57,14 @@ def _rms_norm(
     SMOOTH: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    await_inputs(OVERLAP)
     start = tl.program_id(0).to(tl.int64) * size
     column = tl.arange(0, BLOCK)
     exists = column < size
+    # While the kernel before ends: since the last step these have left the cache.
+    factor = tl.load(weight + column, mask=exists, other=0.0)
+    if SMOOTH:
+        smoothing_factor = tl.load(smoothing + column, mask=exists, other=0.0)
+    await_inputs(OVERLAP)
     value = tl.load(hidden + start + column, mask=exists, other=0.0)
     dtype = value.dtype
     if ADD:
@@ -68,8 +72,11 @@ def _rms_norm(
         tl.store(hidden + start + column, value, mask=exists)
     value = value.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(value * value, axis=0) / size + epsilon)
-    factor = tl.load(weight + column, mask=exists, other=0.0).to(tl.float32)
-    value = ((value * inverse).to(dtype).to(tl.float32) * factor).to(dtype).to(tl.float32)
+    value = (
+        ((value * inverse).to(dtype).to(tl.float32) * factor.to(tl.float32))
+        .to(dtype)
+        .to(tl.float32)
+    )
     if SMOOTH:
-        value *= tl.load(smoothing + column, mask=exists, other=0.0)
+        value *= smoothing_factor
     tl.store(out + start + column, encode(value, out_scale, out.dtype.element_ty), mask=exists)

@@ -1,8 +1,8 @@
 """Programmatic dependent launch: a kernel starts while the one before it ends (Hopper and later).
 
-Every kernel waits in `await_inputs`, before it reads or writes anything, until all kernels before
-it are done. On an H200 that takes 4 % off a decode step of one stream. Source: CUDA C++ programming
-guide, "Programmatic Dependent Launch and Synchronization".
+Every kernel waits in `await_inputs` until all kernels before it are done; until then it writes
+nothing, and reads nothing but weights. On an H200 that takes 4 % off a decode step of one stream.
+Source: CUDA C++ programming guide, "Programmatic Dependent Launch and Synchronization".
 """
 
 from functools import cache
