@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from reference.dense_policies import DenseSinkWindow
 from reference.executor_sessions import engine_of, words
 from reference.recording import RecordingExecutor
@@ -94,13 +96,21 @@ class WaitingExecutor:
         self.close = executor.close
 
 
-def replies_of_four(
-    bundle: Bundle, executor: Executor, closing: list[int] | None
-) -> list[list[tuple[int, ...]]]:
-    """What sessions with replies of different lengths say, one of which ends in flight; `closing`
-    ends replies instead of ` ...`."""
+@dataclasses.dataclass(frozen=True)
+class Talk:
+    """Sessions with replies of different `lengths`; the last is closed `rounds` rounds into chunk
+    `closed`. `closing` ends replies instead of ` ...`."""
+
+    lengths: tuple[int, ...]
+    closed: int
+    rounds: int
+    closing: tuple[int, ...] = ()
+
+
+def replies(bundle: Bundle, executor: Executor, talk: Talk) -> list[list[tuple[int, ...]]]:
+    """What the sessions say to each chunk; pages are recounted on the way."""
     manifest, protocol = bundle.manifest, bundle.protocol()
-    protocol.reply_closing = closing or protocol.reply_closing
+    protocol.reply_closing = list(talk.closing) or protocol.reply_closing
     with StreamingEngine(
         executor,
         manifest.model,
@@ -112,14 +122,14 @@ def replies_of_four(
     ) as engine:
         sessions = [
             dataclasses.replace(EVICTING, seed=seed, max_new_tokens=length).open_session(engine)
-            for seed, length in enumerate((1, 4, 7, 9))
+            for seed, length in enumerate(talk.lengths)
         ]
         said = []
-        for number in range(8):
+        for number in range(6):
             for session in sessions:
                 session.push_chunk(EVICTING.chunk(number))
-            if number == 5:
-                for _ in range(3):
+            if number == talk.closed:
+                for _ in range(talk.rounds):
                     engine._worker.run_once()
                 sessions.pop().close()
                 engine.check_integrity()
@@ -132,7 +142,15 @@ def replies_of_four(
     return said
 
 
-def test_launching_ahead_changes_nothing(tiny_bundle: Path) -> None:
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=2, max_size=4),
+    closed=st.integers(0, 5),
+    rounds=st.integers(1, 8),
+)
+@settings(max_examples=4, deadline=None)
+def test_launching_ahead_changes_nothing(
+    tiny_bundle: Path, lengths: list[int], closed: int, rounds: int
+) -> None:
     """Also where the model's commonest word may be the closing: rows that were guessed wrongly
     leave no trace in the tables on the device."""
     bundle = Bundle.open(tiny_bundle, check="sizes")
@@ -140,13 +158,14 @@ def test_launching_ahead_changes_nothing(tiny_bundle: Path) -> None:
     assert isinstance(launching, LaunchingExecutor)
     waiting = WaitingExecutor(cpu_executor(bundle))
     assert not isinstance(waiting, LaunchingExecutor)
-    said = replies_of_four(bundle, waiting, None)
-    assert replies_of_four(bundle, launching, None) == said
-    words = Counter(token for replies in said for reply in replies for token in reply)
-    ((commonest, _),) = words.most_common(1)
-    said = replies_of_four(bundle, WaitingExecutor(cpu_executor(bundle)), [commonest])
-    assert replies_of_four(bundle, cpu_executor(bundle), [commonest]) == said
-    assert sum(reply[:-1].count(commonest) for replies in said for reply in replies) > 3
+    talk = Talk(tuple(lengths), closed, rounds)
+    said = replies(bundle, waiting, talk)
+    assert replies(bundle, launching, talk) == said
+    words = Counter(token for turn in said for reply in turn for token in reply)
+    ((commonest, _),) = words.most_common(1) or [(0, 0)]
+    held = dataclasses.replace(talk, closing=(commonest,))
+    said = replies(bundle, WaitingExecutor(cpu_executor(bundle)), held)
+    assert replies(bundle, cpu_executor(bundle), held) == said
 
 
 def test_logits_that_are_not_finite_end_the_session(tiny_bundle: Path) -> None:
