@@ -65,15 +65,11 @@ struct Params {
     Code* inner;           // [TOKENS, down.depth]
     Value* qkv;            // [TOKENS, q/k/v channels]
     unsigned* barrier;     // 0 at first; every launch leaves it at 0 or 2^31
-    // The weights that the next launch reads first, of its output projection and gate above up.
-    const Code* ahead[2];
-    int ahead_groups;      // how many tiles of each block's channels of gate and up
     float epsilon;
     int count;             // products: 3 after the last layer
 };
 
 enum Product { OUTPUT, GATE_UP, DOWN, QKV };
-enum Result { RESIDUAL, GATED, PLAIN };
 
 struct __align__(128) Shared {
     unsigned char rings[WARPS][SLOTS][SLOT];
@@ -119,7 +115,7 @@ __device__ __forceinline__ Two rounded(Two values) { return to_floats(to_values(
 
 __device__ __forceinline__ Two times(Two a, Two b) { return {a.low * b.low, a.high * b.high}; }
 
-__device__ __forceinline__ float to_float(Value bits) { return to_floats(bits).low; }
+__device__ __forceinline__ float to_float(unsigned bits) { return to_floats(bits).low; }
 
 __device__ __forceinline__ Value to_value(float value) { return Value(to_values({value, 0.0f})); }
 
@@ -194,9 +190,9 @@ __device__ __forceinline__ uint4 read_shared(unsigned at) {
 }
 
 // What other blocks wrote is read from the L2 cache.
-__device__ __forceinline__ Value read_value(const Value* at) {
-    Value value;
-    asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(value) : "l"(at) : "memory");
+__device__ __forceinline__ unsigned read_value(const Value* at) {
+    unsigned value;
+    asm volatile("ld.global.cg.u16 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
     return value;
 }
 
@@ -314,6 +310,7 @@ struct Reader {
         const int row = share.row + tile * (paired ? params.products[product].channels / 2 : TILE);
         const int units = (rows + UNIT - 1) / UNIT;
         expect_copies(place.barrier, units * UNIT * STEP);
+#pragma unroll 1
         for (int i = 0; i < units; ++i)
             copy_box(place.slot + i * UNIT * STEP, params.weights + product, step * STEP,
                      row + i * UNIT, place.barrier);
@@ -403,66 +400,70 @@ struct Codes {
     uint4 parts[CHUNKS];
 };
 
-// What a thread needs to finish the output that it has of a group of channels: read before the sum is
-// there, as it takes long.
-template <Result RESULT>
+// What a thread needs to finish the output that it has of a group of channels. It is asked for long
+// before the sum is there, as it arrives behind the weights that are on their way; so nothing is
+// done with it, which would wait, before `store`.
 struct Finish {
     int token, channel, tile, in_tile;
     bool mine;
-    Two scale, bias;
-    float smoothing, residual;
+    float scale, up_scale, smoothing;
+    unsigned bias, up_bias, residual;
 
     __device__ __forceinline__ Finish(const Params& params, int product, const Share& share) {
         const Linear& linear = params.products[product];
+        const bool gated = product == GATE_UP;
         in_tile = threadIdx.x % (TILE * TOKENS);
         tile = threadIdx.x / (TILE * TOKENS);
         token = in_tile % TOKENS;
         channel = share.row + tile * TILE + in_tile / TOKENS;
-        mine = tile < (RESULT == GATED ? 1 : 2) && channel < share.row_end;
-        scale = bias = {0.0f, 0.0f};
+        mine = tile < (gated ? 1 : 2) && channel < share.row_end;
+        scale = up_scale = 0.0f;
         smoothing = 1.0f;
-        residual = 0.0f;
+        bias = up_bias = residual = 0;
         if (!mine) return;
-        scale.low = __ldg(linear.scale + channel);
-        if (linear.bias) bias.low = to_float(__ldg(linear.bias + channel));
-        if (RESULT == GATED) {
+        scale = __ldg(linear.scale + channel);
+        if (linear.bias) bias = read_value(linear.bias + channel);
+        if (gated) {
             const int up = channel + linear.channels / 2;
-            scale.high = __ldg(linear.scale + up);
-            if (linear.bias) bias.high = to_float(__ldg(linear.bias + up));
+            up_scale = __ldg(linear.scale + up);
+            if (linear.bias) up_bias = read_value(linear.bias + up);
             if (params.gated.smoothing) smoothing = __ldg(params.gated.smoothing + channel);
         }
     }
 
-    __device__ __forceinline__ void store(const Params& params, const Linear& linear,
-                                          const Sum (&sums)[2][WARPS][TILE * TOKENS], Value* out) {
+    __device__ __forceinline__ void store(const Params& params, int product,
+                                          const Sum (&sums)[2][WARPS][TILE * TOKENS]) {
         if (!mine) return;
+        const int channels = params.products[product].channels;
+        const bool gated = product == GATE_UP;
         const float value =
-            rounded(total(sums[RESULT == GATED ? 0 : tile], in_tile) * scale.low + bias.low);
-        if (RESULT == RESIDUAL) {
-            out[token * HIDDEN + channel] = to_value(residual + value);
-        } else if (RESULT == PLAIN) {
-            out[token * linear.channels + channel] = to_value(value);
-        } else {
-            const float up = rounded(total(sums[1], in_tile) * scale.high + bias.high);
+            rounded(total(sums[gated ? 0 : tile], in_tile) * scale + to_float(bias));
+        if (gated) {
+            const float up = rounded(total(sums[1], in_tile) * up_scale + to_float(up_bias));
             const float gate = rounded(value * reciprocal(1.0f + __expf(-value)));
             const float inner = rounded(gate * up) * smoothing * reciprocal(params.gated.scale);
-            params.inner[token * (linear.channels / 2) + channel] =
-                Code(to_codes({inner, 0.0f}));
+            params.inner[token * (channels / 2) + channel] = Code(to_codes({inner, 0.0f}));
+        } else if (product == QKV) {
+            params.qkv[token * channels + channel] = to_value(value);
+        } else {
+            params.hidden[token * HIDDEN + channel] = to_value(to_float(residual) + value);
         }
     }
 };
 
-// One product for this block's channels, from the tokens' codes in shared memory (`inputs` null) or
-// in global memory.
-template <Result RESULT>
+// One product for this block's channels. The tokens' codes are in shared memory if they were
+// normalized, else in global memory.
 __device__ __forceinline__ void run_product(const Params& params, Shared& shared, Reader& reader,
                                             Place& place, int& buffer, int product,
-                                            Finish<RESULT> finish, const Code* inputs, Value* out) {
+                                            Finish finish) {
     const Linear& linear = params.products[product];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int token = lane / 4, part = lane % 4;
+    const bool gated = product == GATE_UP, adds = product == OUTPUT || product == DOWN;
+    const Code* inputs = (product == OUTPUT ? params.mixed : params.inner) +
+                         (long long)token * linear.depth;
     const unsigned codes = shared_address(shared.codes) + token * CODE_STRIDE;
-    Share share(linear, RESULT == GATED);
+    Share share(linear, gated);
     // The codes of this thread's token in one step, read one step ahead.
     const auto given = [&](int step) {
         Codes codes_of_step;
@@ -472,23 +473,24 @@ __device__ __forceinline__ void run_product(const Params& params, Shared& shared
             codes_of_step.parts[i] = make_uint4(0, 0, 0, 0);
             if (token < TOKENS && at < linear.depth)
                 codes_of_step.parts[i] =
-                    inputs ? read_16_bytes(inputs + (long long)token * linear.depth + at)
-                           : read_shared(codes + at);
+                    adds ? read_16_bytes(inputs + at) : read_shared(codes + at);
         }
         return codes_of_step;
     };
+#pragma unroll 1
     while (share.row < share.row_end) {
-        if (RESULT == RESIDUAL && finish.mine)
-            finish.residual = to_float(read_value(out + finish.token * HIDDEN + finish.channel));
-        const int tiles = RESULT == GATED || share.row_end - share.row > TILE ? 2 : 1;
+        if (adds && finish.mine)
+            finish.residual =
+                read_value(params.hidden + finish.token * HIDDEN + finish.channel);
+        const bool two = gated || share.row_end - share.row > TILE;
         Sum sums[2][4] = {};
         Codes next = given(share.step_start);
+#pragma unroll 1
         for (int step = share.step_start; step < share.step_end; ++step) {
             const Codes now = next;
             if (step + 1 < share.step_end) next = given(step + 1);
-#pragma unroll
-            for (int tile = 0; tile < 2; ++tile) {
-                if (tile == tiles) break;
+#pragma unroll 1
+            for (int tile = 0; tile <= int(two); ++tile) {
                 await_copies(place.barrier, place.turn);
                 const unsigned from = place.slot + token * STEP + part * 16;
                 uint4 upper[CHUNKS], lower[CHUNKS];
@@ -501,11 +503,16 @@ __device__ __forceinline__ void run_product(const Params& params, Shared& shared
                 Sum other[4] = {};
 #pragma unroll
                 for (int i = 0; i < CHUNKS; i += 2) {
-                    multiply(sums[tile], upper[i], lower[i], prepared(now.parts[i]));
+                    multiply(sums[0], upper[i], lower[i], prepared(now.parts[i]));
                     multiply(other, upper[i + 1], lower[i + 1], prepared(now.parts[i + 1]));
                 }
+                // With two tiles, each has its turn in front.
 #pragma unroll
-                for (int i = 0; i < 4; ++i) sums[tile][i] += other[i];
+                for (int i = 0; i < 4; ++i) {
+                    const Sum sum = sums[0][i] + other[i];
+                    sums[0][i] = two ? sums[1][i] : sum;
+                    sums[1][i] = sum;
+                }
                 // All have read what the copy engine may now write over: a product needs it all.
                 place.advance();
                 __syncwarp();
@@ -519,10 +526,10 @@ __device__ __forceinline__ void run_product(const Params& params, Shared& shared
                 shared.sums[buffer][i / 4][warp][row * TOKENS + column] = sums[i / 4][i % 4];
         }
         __syncthreads();
-        finish.store(params, linear, shared.sums[buffer], out);
+        finish.store(params, product, shared.sums[buffer]);
         buffer ^= 1;
         share.row += share.group_rows;
-        finish = Finish<RESULT>(params, product, share);
+        finish = Finish(params, product, share);
     }
 }
 
@@ -599,61 +606,46 @@ __device__ __forceinline__ void normalize(const Params& params, Shared& shared, 
     __syncthreads();
 }
 
-__device__ __forceinline__ void fetch(const Code* weight, int row, int rows, int depth) {
-#if __CUDA_ARCH__ >= 900
-    const Code* at = weight + (long long)row * depth;
-    for (unsigned left = rows * depth; left;) {
-        const unsigned size = min(left, 16384u);
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(size) : "memory");
-        at += size;
-        left -= size;
+// Brings the scales of this block's channels near, before the weights that they would wait behind.
+__device__ __forceinline__ void fetch_scales(const Params& params) {
+    constexpr int LINE = 32;  // scales
+    for (int product = GATE_UP; product < params.count; ++product) {
+        const Linear& linear = params.products[product];
+        const Share share(linear, product == GATE_UP);
+        const int row = share.row + threadIdx.x * LINE;
+        if (share.row >= share.row_end || row >= share.row_end + LINE) continue;
+        const float* scale = linear.scale + min(row, share.row_end - 1);
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(scale));
+        if (product == GATE_UP)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(scale + linear.channels / 2));
     }
-#endif
-}
-
-// Brings the first weights of the next launch into the L2 cache: attention, which comes between,
-// leaves the memory idle half of the time.
-__device__ __forceinline__ void fetch_ahead(const Params& params) {
-    if (threadIdx.x != 0 || !params.ahead[0]) return;
-    const Linear& output = params.products[OUTPUT];
-    const Linear& gate_up = params.products[GATE_UP];
-    const Share first(output, false), second(gate_up, true);
-    fetch(params.ahead[0], first.row, first.row_end - first.row, output.depth);
-    const int rows = min(second.row_end - second.row, params.ahead_groups * TILE);
-    if (rows <= 0) return;
-    fetch(params.ahead[1], second.row, rows, gate_up.depth);
-    fetch(params.ahead[1], second.row + gate_up.channels / 2, rows, gate_up.depth);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 decode_block(const __grid_constant__ Params params) {
     extern __shared__ __align__(128) unsigned char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
+    Finish finish(params, OUTPUT, Share(params.products[OUTPUT], false));
+    fetch_scales(params);
     Reader reader(params, shared);
     Place place(shared);
     if (threadIdx.x % 32 == 0) {
         for (int i = 0; i < SLOTS; ++i) prepare_barrier(place.barrier + 8 * i);
         show_barriers_to_copies();
+#pragma unroll 1
         for (int i = 0; i < SLOTS; ++i) reader.copy();
     }
     __syncwarp();
-    int buffer = 0;
-    const Linear* products = params.products;
-    Finish<RESIDUAL> first(params, OUTPUT, Share(products[OUTPUT], false));
-#if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-    run_product(params, shared, reader, place, buffer, OUTPUT, first, params.mixed, params.hidden);
-    Finish<GATED> second(params, GATE_UP, Share(products[GATE_UP], true));
-    normalize(params, shared, params.norms[0]);
-    run_product(params, shared, reader, place, buffer, GATE_UP, second, nullptr, nullptr);
-    Finish<RESIDUAL> third(params, DOWN, Share(products[DOWN], false));
-    await_all_blocks(params.barrier);
-    run_product(params, shared, reader, place, buffer, DOWN, third, params.inner, params.hidden);
-    if (params.count <= QKV) return;
-    Finish<PLAIN> fourth(params, QKV, Share(products[QKV], false));
-    normalize(params, shared, params.norms[1]);
-    fetch_ahead(params);
-    run_product(params, shared, reader, place, buffer, QKV, fourth, nullptr, params.qkv);
+    int buffer = 0;
+#pragma unroll 1
+    for (int product = OUTPUT; product < params.count; ++product) {
+        if (product != OUTPUT)
+            finish = Finish(params, product, Share(params.products[product], product == GATE_UP));
+        if (product == DOWN) await_all_blocks(params.barrier);
+        if (product == GATE_UP || product == QKV)
+            normalize(params, shared, params.norms[product == QKV]);
+        run_product(params, shared, reader, place, buffer, product, finish);
+    }
 }

@@ -127,15 +127,7 @@ class DecodeBlock:
         }
         self._kernel = Kernel(_SOURCE, "decode_block", definitions, shape.shared_bytes, device)
 
-    def run(
-        self,
-        block: Block,
-        mixed: Tensor,
-        hidden: Tensor,
-        qkv: Tensor | None,
-        ahead=None,
-        ahead_groups=0,
-    ) -> None:
+    def run(self, block: Block, mixed: Tensor, hidden: Tensor, qkv: Tensor | None) -> None:
         """Everything between two attentions, for the shape's number of tokens.
 
         `mixed` `[tokens, H·D]`: codes of what the attention made. `hidden` `[tokens, hidden]` of
@@ -163,8 +155,6 @@ class DecodeBlock:
             inner=inner.data_ptr(),
             qkv=None if qkv is None else qkv.data_ptr(),
             barrier=self._barrier.data_ptr(),
-            ahead=(ctypes.c_void_p * 2)(*ahead) if ahead else (ctypes.c_void_p * 2)(),
-            ahead_groups=ahead_groups,
             epsilon=self._epsilon,
             count=len(block.products),
         )
@@ -211,8 +201,6 @@ class _Arguments(ctypes.Structure):
         ("inner", ctypes.c_void_p),
         ("qkv", ctypes.c_void_p),
         ("barrier", ctypes.c_void_p),
-        ("ahead", ctypes.c_void_p * 2),
-        ("ahead_groups", ctypes.c_int),
         ("epsilon", ctypes.c_float),
         ("count", ctypes.c_int),
         # The kernel's structure is aligned to a map, of 64 bytes.
