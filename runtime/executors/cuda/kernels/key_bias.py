@@ -21,9 +21,11 @@ _MIN_HEADS = 8
 _MIN_DEPTH = 16
 _AXES = 3
 _POSITIONS = 64
-# Programs for one K/V head and axis, and sequences of one program if there are many.
-_BLOCKS = 32
+# Sequences of one program if there are many, programs that run at once on one multiprocessor, and
+# the most for one table.
 _SEQUENCES = 8
+_PROGRAMS = 4
+_MAX_BLOCKS = 32
 
 
 def key_bias_scores(
@@ -43,8 +45,9 @@ def key_bias_scores(
     reach = len(rotary.cos)
     table = torch.empty((batch, key_heads, reach, 3, heads), dtype=torch.float32, device=qkv.device)
     together = min(_SEQUENCES, triton.next_power_of_2(batch))
-    blocks = _BLOCKS if qkv.device.type == "cuda" else 2
-    _key_bias_scores[(blocks, key_heads * _AXES, triton.cdiv(batch, together))](
+    groups = triton.cdiv(batch, together)
+    blocks = _choose_blocks(key_heads * _AXES * groups, qkv.device)
+    _key_bias_scores[(blocks, key_heads * _AXES, groups)](
         qkv,
         rotary.cos,
         rotary.sin,
@@ -71,6 +74,14 @@ def key_bias_scores(
         **overlapping(qkv.device),
     )
     return table
+
+
+def _choose_blocks(tables: int, device: torch.device) -> int:
+    """How many programs share the positions of each of so many tables."""
+    if device.type != "cuda":
+        return 2
+    processors: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(_MAX_BLOCKS, _PROGRAMS * processors // tables))
 
 
 @triton.jit(
@@ -150,4 +161,5 @@ def _key_bias_scores(
         block_sin = tl.load(sines + angle, mask=read, other=0.0)
         scores = tl.dot(along, block_cos, input_precision="tf32x3")
         scores = tl.dot(across, block_sin, scores, input_precision="tf32x3")
-        tl.store(target + position * (AXES * HEADS), scores, mask=exists[:, None] & inside)
+        # Also of heads that only fill up: whole sectors need not be read from memory first.
+        tl.store(target + position * (AXES * HEADS), scores, mask=known[:, None] & inside)

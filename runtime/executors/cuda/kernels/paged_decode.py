@@ -34,11 +34,12 @@ from framesink.runtime.executors.cuda.kernels.tiles import (
 # The fewest columns of a matrix product.
 _MIN_HEADS = 8
 _WARPS = 4
-_STAGES = 3
-# Programs that run at once on one multiprocessor.
-_PROGRAMS = 3
+_STAGES = 2
+# Programs that run at once on one multiprocessor, and their registers, so that they can.
+_PROGRAMS = 4
+_REGISTERS = 128
 # What another part adds to the time, and the most parts.
-_SPLIT_COST = 0.002
+_SPLIT_COST = 0.01
 _MAX_SPLITS = 256
 
 
@@ -109,6 +110,7 @@ def paged_decode(
         IN_PAIRS=converts_in_pairs(qkv.device, pages.scheme),
         num_warps=_WARPS,
         num_stages=_STAGES,
+        maxnreg=_REGISTERS,
         **overlapping(qkv.device),
     )
     combine(parts, out, output_format)
@@ -195,72 +197,24 @@ def _paged_decode(
     first = tl.load(query, mask=in_group[None, :], other=0.0).to(tl.float32) * score_scale
     second = tl.load(query + HALF, mask=in_group[None, :], other=0.0).to(tl.float32) * score_scale
 
-    # The new row: written by the first part, which also begins with it; none reads it.
-    new_slot = tl.load(new_slots + sequence)
-    new_base = tl.load(bases + sequence)
-    is_first = (split == 0) & (new_slot >= 0)
     axis = tl.where(pair < TIME_END, 0, tl.where(pair < HEIGHT_END, 1, 2))
     position = tl.load(positions + axis * positions_stride + sequence)
-    new_key = start + (GROUP * KEY_HEADS + head) * HEAD_DIM + pair
-    new_value = new_key + KEY_HEADS * HEAD_DIM
-    first_key, second_key = turn(
-        tl.load(new_key).to(tl.float32),
-        tl.load(new_key + HALF).to(tl.float32),
-        cosines,
-        sines,
-        position - new_base,
-        pair,
-        HALF,
-    )
-    k_pages += head.to(tl.int64) * all_slots * WIDTH
-    v_pages += head.to(tl.int64) * all_slots * WIDTH
-    new_row = new_slot * WIDTH + pair
-    if SCHEME == "16bit":
-        bias_score = tl.zeros((HEADS,), tl.float32)
-        first_key = first_key.to(k_pages.dtype.element_ty)
-        second_key = second_key.to(k_pages.dtype.element_ty)
-        tl.store(k_pages + new_row, first_key, mask=is_first)
-        tl.store(k_pages + new_row + HALF, second_key, mask=is_first)
-        first_value = tl.load(new_value)
-        second_value = tl.load(new_value + HALF)
-        tl.store(v_pages + new_row, first_value, mask=is_first)
-        tl.store(v_pages + new_row + HALF, second_value, mask=is_first)
-    else:
-        own_bias = key_bias + head * HEAD_DIM + pair
-        bias_score = tl.sum(first * tl.load(own_bias)[:, None], axis=0)
-        bias_score += tl.sum(second * tl.load(own_bias + HALF)[:, None], axis=0)
-        scale = tl.load(key_scale + head * HALF + pair)
-        first_code = code_of(first_key / scale, SCHEME)
-        second_code = code_of(second_key / scale, SCHEME)
-        tl.store(k_pages + new_row, pack(first_code, second_code), mask=is_first)
-        first_key = number_of(first_code, SCHEME)
-        second_key = number_of(second_code, SCHEME)
-        first *= scale[:, None]
-        second *= scale[:, None]
-        scale = tl.load(value_scale + head)
-        first_code = code_of(tl.load(new_value).to(tl.float32) / scale, SCHEME)
-        second_code = code_of(tl.load(new_value + HALF).to(tl.float32) / scale, SCHEME)
-        tl.store(v_pages + new_row, pack(first_code, second_code), mask=is_first)
-        first_value = number_of(first_code, SCHEME)
-        second_value = number_of(second_code, SCHEME)
-        new_place = packed_place(positions + sequence, positions_stride, new_base)
-        tl.store(places + new_slot, new_place, mask=is_first & (head == 0))
-    at_place = (position - new_base)[:, None]
-    turned_first, turned_second = turn(first, second, cosines, sines, at_place, pair[:, None], HALF)
-    maximum = tl.sum(turned_first * first_key.to(tl.float32)[:, None], axis=0) + bias_score
-    maximum += tl.sum(turned_second * second_key.to(tl.float32)[:, None], axis=0)
-    maximum = tl.where(is_first, maximum, -1e30)
-    # The sum of the softmax, a part for every row of a tile.
-    member = tl.arange(0, TILE)
-    totals = tl.zeros((TILE, HEADS), tl.float32)
-    totals += tl.where(is_first & (member == 0), 1.0, 0.0)[:, None]
-    nothing = tl.zeros((HALF, HEADS), tl.float32)
-    mixed = tl.where(is_first, first_value.to(tl.float32)[:, None], nothing)
-    mixed_second = tl.where(is_first, second_value.to(tl.float32)[:, None], nothing)
-
+    if SCHEME != "16bit":
+        key_scales = tl.load(key_scale + head * HALF + pair)
+        first *= key_scales[:, None]
+        second *= key_scales[:, None]
     # The query at its own position, from which every tile turns it back.
     first, second = turn(first, second, cosines, sines, position[:, None], pair[:, None], HALF)
+    maximum = tl.full((HEADS,), -1e30, tl.float32)
+    # The sum of the softmax, a part for every row of a tile.
+    totals = tl.zeros((TILE, HEADS), tl.float32)
+    mixed = tl.zeros((HALF, HEADS), tl.float32)
+    mixed_second = tl.zeros((HALF, HEADS), tl.float32)
+    k_pages += head.to(tl.int64) * all_slots * WIDTH
+    v_pages += head.to(tl.int64) * all_slots * WIDTH
+    new_slot = tl.load(new_slots + sequence)
     # What a tile is, is known one tile ahead, so that its keys and values can be prefetched.
+    member = tl.arange(0, TILE)
     base = tl.load(tile_bases + split)
     slots = tl.where(split < count, tl.load(tile_slots + split * TILE + member), NO_SLOT)
     if SCHEME != "16bit":
@@ -316,14 +270,76 @@ def _paged_decode(
         mixed = tl.dot(first_values.to(DTYPE), weights, mixed * shrink[None, :])
         mixed_second = tl.dot(second_values.to(DTYPE), weights, mixed_second * shrink[None, :])
 
+    total = tl.sum(totals, axis=0)
+    if split == splits - 1:
+        # The new row: the part with the fewest tiles writes and adds it, the others pass it over.
+        written = new_slot >= 0
+        new_base = tl.load(bases + sequence)
+        own_place = position - new_base
+        new_key = start + (GROUP * KEY_HEADS + head) * HEAD_DIM + pair
+        new_value = new_key + KEY_HEADS * HEAD_DIM
+        first_key, second_key = turn(
+            tl.load(new_key).to(tl.float32),
+            tl.load(new_key + HALF).to(tl.float32),
+            cosines,
+            sines,
+            own_place,
+            pair,
+            HALF,
+        )
+        first_value = tl.load(new_value).to(tl.float32)
+        second_value = tl.load(new_value + HALF).to(tl.float32)
+        new_row = new_slot * WIDTH + pair
+        if SCHEME == "16bit":
+            score = tl.zeros((HEADS,), tl.float32)
+            tl.store(k_pages + new_row, first_key, mask=written)
+            tl.store(k_pages + new_row + HALF, second_key, mask=written)
+            tl.store(v_pages + new_row, first_value, mask=written)
+            tl.store(v_pages + new_row + HALF, second_value, mask=written)
+            first_key = first_key.to(DTYPE).to(tl.float32)
+            second_key = second_key.to(DTYPE).to(tl.float32)
+        else:
+            own_bias = key_bias + head * HEAD_DIM + pair
+            first_query = tl.load(query, mask=in_group[None, :], other=0.0).to(tl.float32)
+            second_query = tl.load(query + HALF, mask=in_group[None, :], other=0.0).to(tl.float32)
+            score = tl.sum(first_query * tl.load(own_bias)[:, None], axis=0)
+            score += tl.sum(second_query * tl.load(own_bias + HALF)[:, None], axis=0)
+            score *= score_scale
+            first_code = code_of(first_key / key_scales, SCHEME)
+            second_code = code_of(second_key / key_scales, SCHEME)
+            tl.store(k_pages + new_row, pack(first_code, second_code), mask=written)
+            first_key = number_of(first_code, SCHEME).to(tl.float32)
+            second_key = number_of(second_code, SCHEME).to(tl.float32)
+            scale = tl.load(value_scale + head)
+            first_code = code_of(first_value / scale, SCHEME)
+            second_code = code_of(second_value / scale, SCHEME)
+            tl.store(v_pages + new_row, pack(first_code, second_code), mask=written)
+            first_value = number_of(first_code, SCHEME).to(tl.float32)
+            second_value = number_of(second_code, SCHEME).to(tl.float32)
+            new_place = packed_place(positions + sequence, positions_stride, new_base)
+            tl.store(places + new_slot, new_place, mask=written & (head == 0))
+        turned_first, turned_second = turn(
+            first, second, cosines, sines, -new_base, pair[:, None], HALF
+        )
+        score += tl.sum(turned_first * first_key[:, None], axis=0)
+        score += tl.sum(turned_second * second_key[:, None], axis=0)
+        score = tl.where(written, score, float("-inf"))
+        highest = tl.maximum(maximum, score)
+        weight = tl.exp2(score - highest)
+        shrink = tl.exp2(maximum - highest)
+        maximum = highest
+        total = total * shrink + weight
+        mixed = mixed * shrink[None, :] + weight[None, :] * first_value[:, None]
+        mixed_second = mixed_second * shrink[None, :] + weight[None, :] * second_value[:, None]
+
     if SCHEME != "16bit":
-        scale = tl.load(value_scale + head)
-        mixed *= scale
-        mixed_second *= scale
+        values_scale = tl.load(value_scale + head)
+        mixed *= values_scale
+        mixed_second *= values_scale
     head_row = (sequence * KEY_HEADS + head).to(tl.int64) * GROUP + query_head
     part = head_row * splits + split
     tl.store(softmax + 2 * part, maximum, mask=in_group)
-    tl.store(softmax + 2 * part + 1, tl.sum(totals, axis=0), mask=in_group)
+    tl.store(softmax + 2 * part + 1, total, mask=in_group)
     target = values + part[None, :] * HEAD_DIM + pair[:, None]
     tl.store(target, mixed, mask=in_group[None, :])
     tl.store(target + HALF, mixed_second, mask=in_group[None, :])
