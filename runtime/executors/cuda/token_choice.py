@@ -28,7 +28,7 @@ class PreparedChoices:
     `places` int32 `[n]` are their rows of the step's result, `rows` int32 `[n]` those of their
     contexts. `numbers` int32 `[5, n, 2]` are float64 numbers: temperature, top-k, top-p, penalty
     and the random one. `seen` are tokens int32 to be marked as seen, by the context's row; contexts
-    of `fresh` have none marked. `fed` int32 are contexts whose last token has become one of them.
+    of `fresh` have none marked yet. `fed` are contexts whose last token has become one of them.
     """
 
     params: tuple[SamplingParams, ...]
