@@ -95,8 +95,8 @@ def draw_chunks(axes: Axes, found: Sequence[ResultFigures]) -> None:
         draw_parts(axes, row, parts, faint=bool(row % 2))
     for row, (chunk, _) in enumerate(OTHERS.values(), start=len(bars)):
         axes.barh(row, min(chunk, LONGEST_MS), height=0.62, color=OTHER)
-        note = f" {chunk:,.0f}" if chunk <= LONGEST_MS else f" {chunk:,.0f} →"
-        axes.text(min(chunk, LONGEST_MS), row, note, va="center")
+        cut = "" if chunk <= LONGEST_MS else " →"
+        say(axes, min(chunk, LONGEST_MS), row, f"{chunk:,.0f}{cut}")
     axes.set_yticks(range(len(bars) + len(OTHERS)), names(found))
     axes.invert_yaxis()
     axes.set_xlim(0, LONGEST_MS * 1.13)
@@ -121,7 +121,7 @@ def draw_parts(axes: Axes, row: int, parts: ChunkParts, *, faint: bool) -> None:
             linewidth=0,
         )
         left += width
-    axes.text(left, row, f" {left:.1f}", va="center")
+    say(axes, left, row, f"{left:.1f}")
 
 
 def draw_streams(axes: Axes, found: Sequence[ResultFigures]) -> None:
@@ -132,7 +132,7 @@ def draw_streams(axes: Axes, found: Sequence[ResultFigures]) -> None:
     rows = [*counts, *((count, False) for _, count in OTHERS.values())]
     for row, (count, faint) in enumerate(rows):
         if count is None:
-            axes.text(0, row, "" if faint else " not measured", va="center")
+            say(axes, 0, row, "" if faint else "not measured")
             continue
         ours = row < len(counts)
         axes.barh(
@@ -143,11 +143,16 @@ def draw_streams(axes: Axes, found: Sequence[ResultFigures]) -> None:
             alpha=0.55 if faint else 1.0,
             linewidth=0,
         )
-        axes.text(count, row, f" {count}", va="center")
+        say(axes, count, row, str(count))
     axes.set_xlabel("live streams, p99 < 1 s")
     axes.set_xlim(0, 1.15 * max(count or 0 for count, _ in rows))
     axes.tick_params(axis="y", length=0)
     tidy(axes)
+
+
+def say(axes: Axes, end: float, row: int, text: str) -> None:
+    """A bar's figure, behind it."""
+    axes.annotate(text, (end, row), (4, 0), textcoords="offset points", va="center")
 
 
 def tidy(axes: Axes) -> None:
