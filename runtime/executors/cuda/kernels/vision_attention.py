@@ -79,17 +79,18 @@ def _rotate_heads(
     HALF_BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    await_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS_BLOCK)[:, None]
     pair = tl.arange(0, HALF_BLOCK)[None, :]
     exists = (head < HEADS) & (pair < HALF)
+    # What nothing writes is read before the kernel ahead has ended.
+    cos = tl.load(cosines + row * HALF + pair, mask=pair < HALF, other=0.0)
+    sin = tl.load(sines + row * HALF + pair, mask=pair < HALF, other=0.0)
+    await_inputs(OVERLAP)
     # Queries and keys are two parts of three.
     address = qkv + row * (HEADS // 2 * 3 * 2 * HALF) + head * 2 * HALF + pair
     first = tl.load(address, mask=exists, other=0.0).to(tl.float32)
     second = tl.load(address + HALF, mask=exists, other=0.0).to(tl.float32)
-    cos = tl.load(cosines + row * HALF + pair, mask=pair < HALF, other=0.0)
-    sin = tl.load(sines + row * HALF + pair, mask=pair < HALF, other=0.0)
     tl.store(address, first * cos - second * sin, mask=exists)
     tl.store(address + HALF, second * cos + first * sin, mask=exists)
 
@@ -110,9 +111,9 @@ def _window_attention(
     SMOOTH: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    await_inputs(OVERLAP)
     start = tl.load(starts + tl.program_id(0))
     size = tl.load(starts + tl.program_id(0) + 1) - start
+    await_inputs(OVERLAP)
     place = tl.arange(0, LENGTH)
     row = (start + place).to(tl.int64)[:, None]
     exists = (place < size)[:, None]
