@@ -186,3 +186,36 @@ def test_a_rehearsal_leaves_nothing_behind() -> None:
             steps = stats.steps
             engine.measure_costs(0.2)
             assert engine.stats().steps == steps
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_as_many_fit_after_the_rehearsal_as_in_quiet_and_in_busy_hours(seed: int) -> None:
+    """Steps as an H200 has them: few replies in a step at first and while there is room, where
+    prompts take most of the time, and many once it is full."""
+    costs = WorkCosts(
+        vision=LinearCost(0.3e-3, 0.0),
+        prefill=LinearCost(14e-3, 11e-6),
+        decode=LinearCost(2.6e-3, 0.15e-3),
+        saved=2.2e-3,
+    )
+    fit = streams_that_fit(W720, costs)
+    meter, random = CostMeter(), np.random.default_rng(seed)
+
+    def steps(count: int, replies: tuple[int, int], beside: tuple[int, int], pure: int) -> None:
+        """So many prompts, `beside` them as many replies, and after each `pure` decode steps."""
+        for _ in range(count):
+            sizes = [(int(random.integers(*beside)), int(random.integers(740, 760)))]
+            sizes += [(int(random.integers(*replies)), 0) for _ in range(pure)]
+            for decoding, prompt in sizes:
+                seconds = costs.step(decoding, prompt) * np.exp(0.03 * random.standard_normal())
+                report = StepReport(decoding, int(prompt > 0), decoding + prompt, float(seconds))
+                meter.stepped(report)
+            meter.encoded(W720.patches, costs.vision.seconds(W720.patches))
+
+    for count, replies, beside, pure in (
+        (9, (1, 4), (0, 3), 5),
+        (200, (1, 3), (0, 3), 12),
+        (600, (5, 24), (10, 24), 1),
+    ):
+        steps(count, replies, beside, pure)
+        assert abs(streams_that_fit(W720, learned(meter)) - fit) <= 3
