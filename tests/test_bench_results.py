@@ -17,6 +17,7 @@ from framesink.bench.measure import ChunkResult, Quantiles
 from framesink.bench.memory import Memory
 from framesink.bench.report import chunk_table
 from framesink.bench.results import Run, add_result
+from framesink.bench.roofline_report import RooflineReport
 from framesink.bench.streams import StreamsReport
 from framesink.bench.workload import describe_workload
 from framesink.cli.main import framesink
@@ -66,6 +67,17 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Environment:
     return found
 
 
+def test_workloads_of_a_roofline_and_of_endurance_are_their_own(
+    tmp_path: Path, machine: Environment
+) -> None:
+    path = tmp_path / "w720.json"
+    add_result(path, ENDURANCE, replace(RUN, workload="small frames"))
+    assert kept(path)["workload"] == "small frames"
+    add_result(path, CHUNK, RUN)
+    assert kept(path)["workload"] == "W720"
+    assert kept(path)["endurance"]["workload"] == "small frames"
+
+
 def kept(path: Path) -> Any:
     return json.loads(path.read_text())
 
@@ -100,6 +112,10 @@ def test_runs_add_up(tmp_path: Path, machine: Environment, monkeypatch: pytest.M
     assert sections["chunk"]["command"] == "framesink bench chunk"
     assert sections["chunk"]["gpu"]["decode_step"] == {"p50": 0.00225, "p99": 0.0045, "count": 9}
     assert sections["endurance"]["workload"] == "small frames"
+    roofline = RooflineReport("7B", "fp8", 13_312, 4e12, {"fp8": 1e15}, (), (), CHUNK.floor, 52)
+    add_result(path, roofline, replace(RUN, workload="7B"))
+    assert kept(path)["live_streams_floor"] == 52
+    assert kept(path)["workload"] == "W720"
     add_result(path, replace(CHUNK, chunk=times(60.0)), RUN)
     assert kept(path)["chunk_ms_p50"] == 60.0
     assert kept(path)["live_streams"] == 33

@@ -41,8 +41,9 @@ def add_result(path: Path, report: Report, run: Run) -> None:
         "versions": machine.versions,
         **as_json(report),
     }
+    workloads = [sections[key]["workload"] for key in sections if key in _SHARING]
     content = {
-        "workload": kept.get("workload", run.workload),
+        "workload": workloads[0] if workloads else run.workload,
         "gpu": machine.gpu,
         "precision": run.precision,
         "date": machine.date,
@@ -63,7 +64,7 @@ def require_fitting(path: Path, benchmark: str, run: Run) -> dict[str, Any]:
     """
     kept = _read(path) if path.exists() else {}
     about = {"gpu": environment().gpu, "precision": run.precision}
-    if benchmark not in _OWN_WORKLOAD:
+    if benchmark in _SHARING and not _SHARING.isdisjoint(kept):
         about["workload"] = run.workload
     for key, value in about.items():
         if kept.get(key, value) != value:
@@ -120,7 +121,8 @@ _FIGURES: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
 KEPT = frozenset(_FIGURES)
 # They are in every file, as null if not measured.
 _COMPARED = ("chunk_ms_p50", "ttft_ms_p50", "decode_step_ms_p50", "live_streams")
-_OWN_WORKLOAD = frozenset({"endurance", "roofline"})
+# Those of one workload, the file's.
+_SHARING = frozenset({"chunk", "streams"})
 
 
 def _milliseconds(seconds: float | None) -> float | None:
