@@ -18,6 +18,7 @@ from framesink.build.reporter import SilentReporter
 from framesink.calibration.agreement import Agreement, compare_executors
 from framesink.calibration.recorded_turns import StreamSettings
 from framesink.runtime.bundle import Bundle
+from framesink.runtime.errors import CapacityError
 from framesink.runtime.executors import create_executor
 from framesink.runtime.executors.cuda.paged_cache import page_bytes
 from framesink.runtime.executors.cuda.weight_source import BundleWeights
@@ -73,3 +74,9 @@ def test_codes_cost_what_they_cost_the_graphs(
     text = bundle.manifest.model.text
     halves = page_bytes(text, 16, torch.float16, CacheScheme.UNQUANTIZED) / 2
     assert page_bytes(text, 16, torch.float16, scheme) == halves + 16 * 8
+
+
+def test_more_pages_than_kernels_address_are_refused(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle, check="sizes")
+    with pytest.raises(CapacityError, match=r"address up to \d+ pages"):
+        cpu_executor(bundle, num_pages=1 << 30)
