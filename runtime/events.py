@@ -39,8 +39,9 @@ class Event:
     ids of the reply, its closing and stop token among them (final events only), `timing` likewise.
     A silent turn is one final event of kind `silence` with empty text. A `degraded` event says in
     `text` why less is seen or said than asked for, or that all is again; it comes before its turn's
-    reply and is not final, unless a client of a server gets no whole reply to a chunk: then it takes its place. A final
-    event of kind `error` carries its sentence in `text` and is the session's last.
+    reply and is not final, unless a client of a server gets no whole reply to a chunk: then it
+    takes its place. A final event of kind `error` carries its sentence in `text` and is the
+    session's last.
     """
 
     kind: EventKind
