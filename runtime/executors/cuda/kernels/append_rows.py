@@ -7,10 +7,8 @@ from torch import Tensor
 from framesink.runtime.executors.cuda.kernels.overlap import await_inputs, overlapping
 from framesink.runtime.executors.cuda.kernels.pages import (
     LayerPages,
-    code_of,
-    number_of,
-    pack,
     packed_place,
+    write_row,
 )
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable, turn
 from framesink.runtime.executors.cuda.kernels.tiles import NewRows
@@ -125,33 +123,31 @@ def _rotate_and_append(
     stored_second = second * place_cos + first * place_sin
     if SCHEME == "16bit":
         at = row * HEAD_DIM + pair
-        tl.store(k_pages + at, stored_first, mask=written)
-        tl.store(k_pages + at + HALF, stored_second, mask=written)
-        tl.store(v_pages + at, tl.load(value), mask=written)
-        tl.store(v_pages + at + HALF, tl.load(value + HALF), mask=written)
+        write_row(k_pages + at, stored_first, stored_second, 1.0, written, HALF, SCHEME)
         tl.store(key, first * cos - second * sin)
         tl.store(key + HALF, second * cos + first * sin)
+        first = tl.load(value).to(tl.float32)
+        second = tl.load(value + HALF).to(tl.float32)
+        write_row(v_pages + at, first, second, 1.0, written, HALF, SCHEME)
     else:
         at = row * HALF + pair
         scale = tl.load(key_scale + head * HALF + pair)
-        first_code = code_of(stored_first / scale, SCHEME)
-        second_code = code_of(stored_second / scale, SCHEME)
-        tl.store(k_pages + at, pack(first_code, second_code), mask=written)
+        first, second = write_row(
+            k_pages + at, stored_first, stored_second, scale, written, HALF, SCHEME
+        )
         # New tokens see each other as all later ones will see them.
-        first = number_of(first_code, SCHEME).to(tl.float32) * scale
-        second = number_of(second_code, SCHEME).to(tl.float32) * scale
-        first, second = turn(first, second, cosines, sines, base, pair, HALF)
+        first, second = turn(first * scale, second * scale, cosines, sines, base, pair, HALF)
         bias = key_bias + head * HEAD_DIM + pair
         first_bias = tl.load(bias)
         second_bias = tl.load(bias + HALF)
         tl.store(key, first + first_bias * cos - second_bias * sin)
         tl.store(key + HALF, second + second_bias * cos + first_bias * sin)
 
-        scale = tl.load(value_scale + head)
-        first_code = code_of(tl.load(value).to(tl.float32) / scale, SCHEME)
-        second_code = code_of(tl.load(value + HALF).to(tl.float32) / scale, SCHEME)
-        tl.store(v_pages + at, pack(first_code, second_code), mask=written)
-        tl.store(value, number_of(first_code, SCHEME).to(tl.float32) * scale)
-        tl.store(value + HALF, number_of(second_code, SCHEME).to(tl.float32) * scale)
+        first = tl.load(value).to(tl.float32)
+        second = tl.load(value + HALF).to(tl.float32)
+        value_scales = tl.load(value_scale + head)
+        first, second = write_row(v_pages + at, first, second, value_scales, written, HALF, SCHEME)
+        tl.store(value, first * value_scales)
+        tl.store(value + HALF, second * value_scales)
         packed = packed_place(positions + token, positions_stride, base)
         tl.store(places + slot, packed, mask=written & (head == 0))

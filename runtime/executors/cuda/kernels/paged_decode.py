@@ -15,13 +15,11 @@ from framesink.runtime.executors.cuda.kernels.key_bias import key_bias_scores
 from framesink.runtime.executors.cuda.kernels.overlap import await_inputs, overlapping
 from framesink.runtime.executors.cuda.kernels.pages import (
     LayerPages,
-    code_of,
     converts_in_pairs,
-    number_of,
-    pack,
     packed_place,
     positions_of,
     unpack,
+    write_row,
 )
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable, turn
 from framesink.runtime.executors.cuda.kernels.tiles import (
@@ -289,35 +287,27 @@ def _paged_decode(
         )
         first_value = tl.load(new_value).to(tl.float32)
         second_value = tl.load(new_value + HALF).to(tl.float32)
-        new_row = new_slot * WIDTH + pair
         if SCHEME == "16bit":
+            key_scales = 1.0
+            value_scales = 1.0
             score = tl.zeros((HEADS,), tl.float32)
-            tl.store(k_pages + new_row, first_key, mask=written)
-            tl.store(k_pages + new_row + HALF, second_key, mask=written)
-            tl.store(v_pages + new_row, first_value, mask=written)
-            tl.store(v_pages + new_row + HALF, second_value, mask=written)
-            first_key = first_key.to(DTYPE).to(tl.float32)
-            second_key = second_key.to(DTYPE).to(tl.float32)
         else:
+            value_scales = tl.load(value_scale + head)
             own_bias = key_bias + head * HEAD_DIM + pair
             first_query = tl.load(query, mask=in_group[None, :], other=0.0).to(tl.float32)
             second_query = tl.load(query + HALF, mask=in_group[None, :], other=0.0).to(tl.float32)
             score = tl.sum(first_query * tl.load(own_bias)[:, None], axis=0)
             score += tl.sum(second_query * tl.load(own_bias + HALF)[:, None], axis=0)
             score *= score_scale
-            first_code = code_of(first_key / key_scales, SCHEME)
-            second_code = code_of(second_key / key_scales, SCHEME)
-            tl.store(k_pages + new_row, pack(first_code, second_code), mask=written)
-            first_key = number_of(first_code, SCHEME).to(tl.float32)
-            second_key = number_of(second_code, SCHEME).to(tl.float32)
-            scale = tl.load(value_scale + head)
-            first_code = code_of(first_value / scale, SCHEME)
-            second_code = code_of(second_value / scale, SCHEME)
-            tl.store(v_pages + new_row, pack(first_code, second_code), mask=written)
-            first_value = number_of(first_code, SCHEME).to(tl.float32)
-            second_value = number_of(second_code, SCHEME).to(tl.float32)
             new_place = packed_place(positions + sequence, positions_stride, new_base)
             tl.store(places + new_slot, new_place, mask=written & (head == 0))
+        at_new = new_slot * WIDTH + pair
+        first_key, second_key = write_row(
+            k_pages + at_new, first_key, second_key, key_scales, written, HALF, SCHEME
+        )
+        first_value, second_value = write_row(
+            v_pages + at_new, first_value, second_value, value_scales, written, HALF, SCHEME
+        )
         turned_first, turned_second = turn(
             first, second, cosines, sines, -new_base, pair[:, None], HALF
         )

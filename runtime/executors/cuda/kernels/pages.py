@@ -83,13 +83,26 @@ def converts_in_pairs(device: torch.device, scheme: CacheScheme) -> bool:
 
 
 @triton.jit
-def pack(first_code, second_code):
-    """Words of codes."""
-    return ((second_code << 8) | first_code).to(tl.int16)
+def write_row(row, first, second, scale, written, HALF: tl.constexpr, SCHEME: tl.constexpr):
+    """Write both halves of a key or a value, float32, to `row` (where it begins, plus the pairs) if
+    it is `written`. Returns what now stands there, float32: values, or the numbers that codes are,
+    to be multiplied by `scale`."""
+    if SCHEME == "16bit":
+        first_kept = first.to(row.dtype.element_ty)
+        second_kept = second.to(row.dtype.element_ty)
+        tl.store(row, first_kept, mask=written)
+        tl.store(row + HALF, second_kept, mask=written)
+    else:
+        first_code = _code_of(first / scale, SCHEME)
+        second_code = _code_of(second / scale, SCHEME)
+        tl.store(row, ((second_code << 8) | first_code).to(tl.int16), mask=written)
+        first_kept = _number_of(first_code, SCHEME)
+        second_kept = _number_of(second_code, SCHEME)
+    return first_kept.to(tl.float32), second_kept.to(tl.float32)
 
 
 @triton.jit
-def code_of(value, SCHEME: tl.constexpr):
+def _code_of(value, SCHEME: tl.constexpr):
     """Codes, each in the low byte of an int32, of float32 values that were divided by their scales:
     to the nearest, ties to even, saturating."""
     # Adding 1.5 · 2²³ leaves no bits for a fraction: the sum is rounded to a whole number.
@@ -149,13 +162,13 @@ def unpack(words, SCHEME: tl.constexpr, IN_PAIRS: tl.constexpr):
             )
     else:
         wide = words.to(tl.int32)
-        first = number_of(wide & 0xFF, SCHEME)
-        second = number_of((wide >> 8) & 0xFF, SCHEME)
+        first = _number_of(wide & 0xFF, SCHEME)
+        second = _number_of((wide >> 8) & 0xFF, SCHEME)
     return first, second
 
 
 @triton.jit
-def number_of(code, SCHEME: tl.constexpr):
+def _number_of(code, SCHEME: tl.constexpr):
     """The number a code is, float16, exactly."""
     if SCHEME == "fp8":
         # As float16 the same bits have an exponent that is less by 8.
