@@ -159,8 +159,10 @@ def test_endurance_ends_when_its_time_is_over(
     )
     monkeypatch.setattr(endurance, "time", clock)
     path = tmp_path / "endurance.json"
-    options = ["--chunks", 1000, "--warmup", 1, "--seconds", 40, "--json", path]
+    options = ["--chunks", 1000, "--recent-text", 6, "--seconds", 90, "--json", path]
     run("endurance", "--engines", tiny_bundle, *options, *SMALL)
+    # Two replies of four tokens fill the recent text.
+    assert json.loads(path.read_text())["warmup"] == 18 + 2
     assert 4 <= json.loads(path.read_text())["checkpoints"][-1]["chunk"] < 1000
 
 

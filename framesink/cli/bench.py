@@ -64,7 +64,11 @@ _PRECISION = click.Choice(PRECISIONS)
     help="Size of generated frames, without --clip.",
 )
 @click.option("--chunks", type=_COUNT, help="Chunks to run: 60, endurance 3600, concurrency 20.")
-@click.option("--warmup", type=_COUNT, help="Chunks not counted: 18, concurrency 3, serve 10.")
+@click.option(
+    "--warmup",
+    type=_COUNT,
+    help="Chunks not counted: 18, concurrency 3, serve 10; endurance more, to fill its text.",
+)
 @click.option(
     "--seconds",
     type=click.FloatRange(min=1),

@@ -1,5 +1,6 @@
 """The benchmarks, run on what the options of `framesink bench` ask for."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -140,8 +141,13 @@ class OpenBench:
         return self.options.chunks or _CHUNKS[name]
 
     def warmup(self, name: Benchmark) -> int:
-        """How many are not counted."""
-        return self.options.warmup or _WARMUP[name]
+        """How many are not counted: of an endurance run, until the recent text is all replies,
+        since the host's work grows with their number."""
+        replies = 0
+        if name == "endurance":
+            longest = self.options.max_new_tokens or self.engine.defaults.max_new_tokens
+            replies = math.ceil(self.policy.recent_text / longest)
+        return self.options.warmup or _WARMUP[name] + replies
 
 
 @contextmanager
