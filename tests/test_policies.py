@@ -119,7 +119,8 @@ class Stream:
         self.pool.check_integrity(
             span.slots for cache in (self.shared, self.cache) for span in cache.spans
         )
-        own = sum(len(span) for span in self.cache.spans) - self.shared.tokens
+        assert self.cache.tokens == sum(len(span) for span in self.cache.spans)
+        own = self.cache.tokens - self.shared.tokens
         assert own <= self.policy.max_rows(self.profile)
 
     def tokens(self) -> list[int]:

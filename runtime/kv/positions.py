@@ -99,8 +99,8 @@ def span_bases(spans: Sequence[Span], start: int = 0) -> tuple[Int32Array, int]:
     position minus the place of its first token (0 unless the span was cut at its front).
     Returns int32 `[len(spans)]` and the next position.
     """
-    starts = np.fromiter((span.start_place for span in spans), np.int32, len(spans))
-    advances = np.fromiter((span.advance for span in spans), np.int32, len(spans))
+    starts = np.array([span.start_place for span in spans], dtype=np.int32)
+    advances = np.array([span.end_place for span in spans], dtype=np.int32) - starts
     ends = start + np.cumsum(advances, dtype=np.int32)
     following = int(ends[-1]) if len(spans) else start
     return ends - advances - starts, following

@@ -42,6 +42,7 @@ class SequenceCache:
         self._spans: list[Span] = []
         self._bases: list[int] = []
         self._following = 0
+        self._tokens = 0
         self._prepared: NewRows | None = None
 
     @property
@@ -52,7 +53,7 @@ class SequenceCache:
     @property
     def tokens(self) -> int:
         """Number of tokens, written or not."""
-        return sum(len(span) for span in self._spans)
+        return self._tokens
 
     @property
     def unwritten(self) -> int:
@@ -82,18 +83,21 @@ class SequenceCache:
         self._spans.append(span)
         self._bases.append(0)
         self._following += span.advance
+        self._tokens += len(span)
 
     def extend_last(self, tokens: Sequence[int]) -> None:
         """Add unwritten tokens to the end of the last span, which must be text."""
         before = self._spans[-1]
         self._spans[-1] = before.with_tokens(np.asarray(tokens, dtype=np.int32))
         self._following += len(tokens)
+        self._tokens += len(tokens)
 
     def take_back_last(self) -> Span:
         """Remove the last span; its rows, the newest of their lane, are given back."""
         span = self._spans.pop()
         self._bases.pop()
         self._following -= span.advance
+        self._tokens -= len(span)
         self._context.forget(span.slots)
         self._lanes[lane_of(span)].take_back(span.slots)
         return span
@@ -108,6 +112,7 @@ class SequenceCache:
         gone = span.slots[left.slots.size :]
         self._spans[-1] = left
         self._following -= 1
+        self._tokens -= 1
         self._context.forget(gone)
         self._lanes[lane_of(span)].take_back(gone)
 
@@ -189,6 +194,7 @@ class SequenceCache:
         self._spans = list(spans)
         bases, self._following = span_bases(self._spans)
         self._bases = bases.tolist()
+        self._tokens = sum(span.tokens.size for span in self._spans)
         written = [span.slots for span in self._spans]
         lengths = [slots.size for slots in written]
         slots = np.concatenate([NO_SLOTS, *written])

@@ -4,7 +4,7 @@ A session's context is an ordered list of spans. Evicting, moving and cutting ma
 old ones; the K/V rows behind them (their slots) stay where they were written.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
@@ -41,11 +41,11 @@ class Span:
     """One immutable run of tokens.
 
     `tokens` int32 `[n]`. `places` int32 `[3, n]`: where each token stands on the M-RoPE axes
-    (t, h, w), counted from anywhere; once its row is written a place never changes. `end_place` is
-    the place the next span's first token continues from. `slots` int32 `[m]`, m ≤ n: where the K/V
-    rows of the first m tokens lie; the others are not written yet. `turn` is the turn the span
-    belongs to, PREFIX_TURN (-1) for what precedes all turns. `t0` and `t1` are the seconds of video
-    time it is about.
+    (t, h, w), counted from anywhere; once its row is written a place never changes. `start_place`
+    is that of the first token, `end_place` the one the next span's first token continues from.
+    `slots` int32 `[m]`, m ≤ n: where the K/V rows of the first m tokens lie; the others are not
+    written yet. `turn` is the turn the span belongs to, PREFIX_TURN (-1) for what precedes all
+    turns. `t0` and `t1` are the seconds of video time it is about.
     """
 
     kind: SpanKind
@@ -57,14 +57,14 @@ class Span:
     end_place: int
     t0: float = 0.0
     t1: float = 0.0
+    # Every turn asks every span of a context.
+    start_place: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "start_place", int(self.places[0, 0]))
 
     def __len__(self) -> int:
         return self.tokens.size
-
-    @property
-    def start_place(self) -> int:
-        """Place of the first token."""
-        return int(self.places[0, 0])
 
     @property
     def advance(self) -> int:
