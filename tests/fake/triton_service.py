@@ -94,12 +94,16 @@ class FakeTriton(GRPCInferenceServiceServicer):
         assert "triton_grpc_error" not in dict(context.invocation_metadata())
         self.streams.append(context)
         answers: queue.SimpleQueue[ModelStreamInferResponse | None] = queue.SimpleQueue()
-        reader = threading.Thread(target=self._read, args=(requests, answers), daemon=True)
+        over = threading.Event()
+        context.add_callback(over.set)
+        reader = threading.Thread(target=self._read, args=(requests, answers, over), daemon=True)
         reader.start()
         while (answer := answers.get()) is not None:
             yield answer
 
-    def _read(self, requests: Iterator[ModelInferRequest], answers: Any) -> None:
+    def _read(
+        self, requests: Iterator[ModelInferRequest], answers: Any, over: threading.Event
+    ) -> None:
         late: list[ModelStreamInferResponse] = []
         try:
             for request in requests:
@@ -108,6 +112,9 @@ class FakeTriton(GRPCInferenceServiceServicer):
                 for answer in (*found[:early], *late):
                     answers.put(answer)
                 late = found[early:]
+            # A cancelled stream's requests may end before it is known to be cancelled.
+            if self.silent and over.wait(1.0):
+                self.cancelled.set()
         except grpc.RpcError:
             self.cancelled.set()
         except Exception as error:
