@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 from framesink.runtime.arrays import Int32Array
 from framesink.runtime.encoding import ChunkEncoder, EncodingFigures
@@ -20,26 +19,10 @@ from framesink.runtime.observer import EngineObserver, StepReport
 from framesink.runtime.prefix import Prefix, PrefixCache
 from framesink.runtime.scheduler import Scheduler, Share, Work
 from framesink.runtime.sequence import Sequence
-from framesink.runtime.step_driver import Answer, StepDriver
+from framesink.runtime.step_driver import StepDriver
 
 FINISHED = "The session was finished and takes no more input; open another."
 CLOSED = "The session was closed; open another."
-
-
-class Stepped(Protocol):
-    """Whatever takes part in a step."""
-
-    def next_input(self, count: int) -> SequenceInput:
-        """The next `count` tokens to write."""
-        ...
-
-    def launched(self) -> None:
-        """The step that writes them is under way."""
-        ...
-
-    def step_done(self, answer: Answer) -> None:
-        """It is over."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)

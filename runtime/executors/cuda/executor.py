@@ -26,9 +26,7 @@ from framesink.runtime.executors.cuda.staging import Staging
 from framesink.runtime.executors.cuda.token_choice import PreparedChoices, TokenChooser
 from framesink.runtime.executors.cuda.vision_part import VisionPart
 from framesink.runtime.executors.cuda.weight_source import BundleWeights, WeightSource
-from framesink.runtime.executors.cuda.weights import (
-    load_language_model,
-)
+from framesink.runtime.executors.cuda.weights import load_language_model
 from framesink.runtime.manifest import Limits
 from framesink.runtime.models.config import ModelConfig
 from framesink.runtime.preprocess import Grid, PreprocessConfig
