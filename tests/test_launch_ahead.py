@@ -9,7 +9,6 @@ from fake.engine import (
     FEW_MERGES,
     LIMITS,
     MANY_MERGES,
-    fake_vision,
     finals,
     make_engine,
     make_frames,
@@ -17,6 +16,7 @@ from fake.engine import (
 )
 from fake.executor import FakeExecutor
 from fake.launching import Answers, LaunchingFakeExecutor
+from fake.lockstep import run_in_lockstep
 from fake.token_list import TokenList
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,7 +28,6 @@ from framesink.runtime.policies import SinkWindow
 from framesink.runtime.sampler import SamplingParams
 from framesink.runtime.session import Session
 
-SIZES = [(28, 28), (28, 56), (56, 56), (56, 84)]
 SAMPLED = SamplingParams(temperature=0.8, top_k=40, repetition_penalty=1.2, seed=5)
 
 
@@ -66,7 +65,6 @@ def test_a_session_says_what_a_plain_token_list_says(
     forgotten would show."""
     protocol = make_protocol(vocabulary)
     theirs = TokenList(protocol, *windows, *text, None, protocol.previous_words(previous))
-    random = np.random.default_rng(seed)
     engine, executor = launching_engine(
         vocabulary=vocabulary, page_size=page_size, prefill_budget=prefill_budget
     )
@@ -76,17 +74,7 @@ def test_a_session_says_what_a_plain_token_list_says(
             max_new_tokens=max_new_tokens,
             previous_text=previous,
         )
-        for turn in range(20):
-            height, width = SIZES[random.integers(len(SIZES))]
-            frames = make_frames(seed + turn, height=height, width=width)
-            session.push(frames)
-            (reply,) = finals(list(session))
-            theirs.begin_turn((turn, turn + 1.0), *fake_vision(frames), None)
-            assert list(reply) == theirs.reply(max_new_tokens)
-            assert session.stats().context_tokens == len(theirs.entries)
-        engine.check_integrity()
-        session.close()
-        assert engine.stats().pages_used == 0
+        run_in_lockstep(engine, session, theirs, max_new_tokens=max_new_tokens, seed=seed)
     assert (executor.guesses > 0) == (max_new_tokens > 1)
 
 

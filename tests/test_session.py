@@ -18,6 +18,7 @@ from fake.engine import (
     make_protocol,
 )
 from fake.executor import FakeExecutor
+from fake.lockstep import run_in_lockstep
 from fake.token_list import TokenList
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,8 +38,6 @@ from framesink.runtime.preprocess import Grid
 from framesink.runtime.protocol import ChatProtocol
 from framesink.runtime.session import Session
 from framesink.runtime.video.chunk import Chunk
-
-SIZES = [(28, 28), (28, 56), (56, 56), (56, 84)]
 
 
 @given(
@@ -73,25 +72,18 @@ def test_a_session_says_what_a_plain_token_list_says(
     limits = LIMITS.model_copy(update={"max_prefill": prefill_budget})
     policy = SinkWindow(text[0], text[1], float(windows[0]), windows[1])
     theirs = TokenList(protocol, *windows, *text, query, protocol.previous_words(previous))
-    random = np.random.default_rng(seed)
     with make_engine(protocol=protocol, page_size=page_size, limits=limits) as engine:
         session = engine.open_session(
             policy, query, max_new_tokens=max_new_tokens, previous_text=previous
         )
-        for turn in range(20):
-            height, width = SIZES[random.integers(len(SIZES))]
-            frames = make_frames(seed + turn, height=height, width=width)
-            question = "Which one?" if turn in questions else None
-            if question is not None:
-                session.ask(question)
-            session.push(frames)
-            (reply,) = finals(list(session))
-            theirs.begin_turn((turn, turn + 1.0), *fake_vision(frames), question)
-            assert list(reply) == theirs.reply(max_new_tokens)
-            assert session.stats().context_tokens == len(theirs.entries)
-        engine.check_integrity()
-        session.close()
-        assert engine.stats().pages_used == 0
+        run_in_lockstep(
+            engine,
+            session,
+            theirs,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            questions=questions,
+        )
 
 
 def words_of(protocol: ChatProtocol, tokens: tuple[int, ...]) -> list[int]:
