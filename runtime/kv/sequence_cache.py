@@ -194,17 +194,17 @@ class SequenceCache:
         self._spans = list(spans)
         bases, self._following = span_bases(self._spans)
         self._bases = bases.tolist()
-        self._tokens = sum(span.tokens.size for span in self._spans)
-        written = [span.slots for span in self._spans]
-        lengths = [slots.size for slots in written]
-        slots = np.concatenate([NO_SLOTS, *written])
-        places = [span.places[:, : span.slots.size] for span in self._spans]
+        slots = [span.slots for span in self._spans]
+        places = [span.places for span in self._spans]
+        lengths = [rows.size for rows in slots]
+        unwritten = list(self._unwritten_spans())
+        for index, span in enumerate(reversed(unwritten), len(places) - len(unwritten)):
+            places[index] = span.places[:, : span.slots.size]
+        self._tokens = sum(lengths) + sum(span.unwritten for span in unwritten)
         row_bases = np.repeat(bases, lengths)
-        self._context.rebuild(
-            slots,
-            np.concatenate([np.empty((3, 0), dtype=np.int32), *places], axis=1) + row_bases,
-            row_bases,
-        )
+        positions = np.concatenate([np.empty((3, 0), dtype=np.int32), *places], axis=1)
+        positions += row_bases
+        self._context.rebuild(np.concatenate([NO_SLOTS, *slots]), positions, row_bases)
 
 
 def _slots_of(spans: Iterable[Span]) -> Int32Array:
