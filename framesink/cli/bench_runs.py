@@ -31,6 +31,7 @@ from framesink.bench.streams import measure_streams
 from framesink.bench.workload import describe_workload
 from framesink.runtime.engine import StreamingEngine
 from framesink.runtime.errors import OptionError
+from framesink.runtime.garbage import pass_over_what_is_loaded
 from framesink.runtime.policies import SinkWindow
 from framesink.runtime.preprocess import Grid, frame_grid, resize_frames
 from framesink.runtime.session_plan import default_policy
@@ -159,6 +160,7 @@ def open_bench(options: BenchOptions, benchmarks: Sequence[Benchmark]) -> Iterat
         "endurance": options.endurance_streams() if "endurance" in benchmarks else 1,
     }
     with _open_engine(options, max(rooms.get(name, 1) for name in benchmarks)) as engine:
+        pass_over_what_is_loaded()
         policy = replace(default_policy(engine.defaults), **options.windows)
         yield OpenBench(options, engine, policy)
 

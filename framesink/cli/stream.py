@@ -16,6 +16,7 @@ from framesink.runtime.captions.writer import CaptionWriter
 from framesink.runtime.engine import StreamingEngine, default_sampling
 from framesink.runtime.errors import OptionError
 from framesink.runtime.executors.tensorrt_llm.options import TRIM_TURNS, TensorRTLLMOptions
+from framesink.runtime.garbage import pass_over_what_is_loaded
 from framesink.runtime.load.ladder import DEFAULT_LADDER, Ladder, RealTime
 from framesink.runtime.manifest import StreamingDefaults
 from framesink.runtime.policies import FullAttention, Policy, SlidingWindow
@@ -157,6 +158,7 @@ def stream(source: str, engines: Path, asks: tuple[str, ...], **options: Any) ->
         live = video.live or options["realtime"]
         if live:
             engine.measure_costs()
+        pass_over_what_is_loaded()
         session = engine.open_session(
             _policy(options, engine.defaults),
             options["query"],

@@ -20,6 +20,7 @@ from framesink.runtime.engine import StreamingEngine
 from framesink.runtime.errors import FramesinkError
 from framesink.runtime.events import EventKind
 from framesink.runtime.executors import create_vision_encoder
+from framesink.runtime.garbage import pass_over_what_is_loaded
 from framesink.runtime.preprocess import Grid, frames_to_patches
 from framesink.serving import contract
 from framesink.serving.errors import ServingError, StatusCode
@@ -172,6 +173,7 @@ class LanguageModel:
         )
         if options.admission == "check":
             engine.measure_costs()
+        pass_over_what_is_loaded()
         self._pb_utils = pb_utils
         self._host = SessionHost(
             engine,
