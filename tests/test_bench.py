@@ -205,7 +205,7 @@ def test_the_most_streams_that_can_be_held_are_found(
         late = 0.5 if len(held) <= most else 1.5
         times = Quantiles(0.4, late * length, 100)
         memory = Memory(0, None)
-        return StreamsResult(len(held), seconds, 9, times, times, times, 0, 1.0, None, memory)
+        return StreamsResult(len(held), seconds, 9, times, times, times, 0, 1.0, None, memory, None)
 
     monkeypatch.setattr(streams, "_hold", hold)
     path = tmp_path / "streams.json"
@@ -222,7 +222,7 @@ def test_the_most_streams_that_can_be_held_are_found(
 def test_a_stream_is_live_if_replies_are_in_time(refused: int, p99: float, live: bool) -> None:
     times = Quantiles(0.4, p99, 100)
     memory = Memory(0, None)
-    result = StreamsResult(4, 25.0, 100, times, times, times, refused, 2.0, None, memory)
+    result = StreamsResult(4, 25.0, 100, times, times, times, refused, 2.0, None, memory, None)
     assert result.is_live(1.0) is live
 
 

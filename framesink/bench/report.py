@@ -12,6 +12,7 @@ from framesink.bench.endurance import Checkpoint, EnduranceReport
 from framesink.bench.floors import ChunkFloor
 from framesink.bench.measure import Quantiles
 from framesink.bench.memory import Memory
+from framesink.bench.power import GpuPower
 from framesink.bench.streams import StreamsReport
 
 if TYPE_CHECKING:  # it needs the client's packages, which no other benchmark does
@@ -123,7 +124,7 @@ def serve_table(report: "ServeReport") -> Table:
 
 def streams_table(report: StreamsReport) -> Table:
     """Live streams, a row for each number of them. On a GPU behind it where the time went, and in
-    brackets how long the vision encoder ran beside steps."""
+    brackets how long the vision encoder ran beside steps, then its power and clock."""
     height, width = report.frame_size
     table = _titled(
         f"Live streams of {width}×{height}, a chunk every {report.chunk_seconds:g} s, "
@@ -133,6 +134,8 @@ def streams_table(report: StreamsReport) -> Table:
     shares = [result.shares for result in report.results if result.shares is not None]
     kinds = sorted({name for share in shares for name in share.steps})
     parts = [*kinds, "vision", "host", "idle", "(beside)"] if shares else []
+    measured = any(result.power is not None for result in report.results)
+    parts += ["power", "clock"] if measured else []
     for name in ("streams", "chunk p50", "p99", "TTFT p50", "ITL p50", "batch", "late", *parts):
         table.add_column(name, justify="right")
     for result in report.results:
@@ -151,8 +154,19 @@ def streams_table(report: StreamsReport) -> Table:
                 if share is None
                 else map(_percent, (share.vision, share.host, share.idle, share.vision_beside))
             ),
+            *_power_cells(result.power),
         )
     return table
+
+
+def _power_cells(power: GpuPower | None) -> list[str]:
+    """What was drawn, and the clock, of the most there may be."""
+    if power is None:
+        return []
+    return [
+        f"{power.watts:.0f} of {power.limit:.0f} W",
+        f"{power.clock / 1e9:.2f} of {power.highest / 1e9:.2f} GHz",
+    ]
 
 
 def _time_table(title: str, rows: Sequence[tuple[str, Quantiles]]) -> Table:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from framesink.bench.live_stream import LiveStream, fill
 from framesink.bench.measure import Quantiles
 from framesink.bench.memory import Memory
+from framesink.bench.power import GpuPower, PowerMeter
 from framesink.bench.time_shares import TimeShares, time_shares
 from framesink.runtime.engine import StreamingEngine
 from framesink.runtime.load.ladder import RealTime
@@ -27,8 +28,8 @@ class StreamsResult:
     """`streams` at once for `seconds`, of which `counted` chunks are told. Times are seconds:
     `chunk` from the arrival of a chunk to the end of its reply, `ttft` from its being pushed to its
     first token, `itl` between tokens. `refused` chunks found the stream's queue full, before or
-    while it was counted. `shares` says where the time went, on a GPU. `growth` is of memory, while
-    it was counted."""
+    while it was counted. `shares` says where the time went, and `power` what the GPU drew,
+    where there is one. `growth` is of memory, while it was counted."""
 
     streams: int
     seconds: float
@@ -40,6 +41,7 @@ class StreamsResult:
     mean_batch: float
     shares: TimeShares | None
     growth: Memory
+    power: GpuPower | None
 
     def is_live(self, chunk_seconds: float) -> bool:
         """Whether 99 of 100 replies were whole in time and none was refused."""
@@ -156,16 +158,20 @@ def _hold(
     pushed: list[tuple[float, LiveStream]] = []
     before, memory = engine.stats(), Memory.now()
     settled = False
+    meter = PowerMeter.of_first_gpu()
     for arrival, stream in arrivals:
         time.sleep(max(0.0, arrival - time.monotonic()))
         if arrival >= counted_from and not settled:
             settled = True
             before, memory = engine.stats(), Memory.now()
             counted_from = time.monotonic()
+            if meter is not None:
+                meter.start()
         if stream.push(arrival):
             pushed.append((arrival, stream))
     after, counted_to = engine.stats(), time.monotonic()
     growth = Memory.now().growth_since(memory)
+    power = meter.stop() if meter is not None and settled else None
     events = [(arrival, stream.wait()) for arrival, stream in pushed]
     counted = [event for arrival, event in events if arrival >= start + SETTLING]
     timings = [event.timing for event in counted if event.timing is not None]
@@ -187,4 +193,5 @@ def _hold(
             (counted_from, counted_to),
         ),
         growth=growth,
+        power=power,
     )
