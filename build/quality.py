@@ -1,6 +1,7 @@
 """Measure how far a bundle is from the 16-bit checkpoint it was made from, over live video."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -8,12 +9,13 @@ from framesink.build.device import INSTALL_HINT
 from framesink.build.estimate import compiled_bytes
 from framesink.build.footage import Footage
 from framesink.build.gate import Verification
+from framesink.build.streamed_comparison import compare_over_footage, session_pages
+from framesink.calibration.agreement import Agreement
 from framesink.runtime.bundle import Bundle
 from framesink.runtime.errors import VerificationError
 from framesink.runtime.executors import create_executor
 from framesink.runtime.models.checkpoint import Checkpoint
 from framesink.runtime.models.config import ModelConfig
-from framesink.runtime.video.chunk import Chunk
 
 CHUNKS = 32
 # A large model takes minutes per chunk on a CPU: only the beginning of a stream is compared.
@@ -50,30 +52,17 @@ def measure_quality(
             f"Comparing with a checkpoint over video needs torch; install it with {INSTALL_HINT}."
         )
     # Imported here: only this comparison needs torch.
-    from framesink.calibration.agreement import Agreement, TurnAgreement, compare_executors
-    from framesink.calibration.recorded_turns import StreamSettings
     from framesink.calibration.torch_executor import TorchExecutor
 
-    manifest = bundle.manifest
-    settings = StreamSettings.from_bundle(bundle)
-    pages = settings.num_pages(manifest.page_size)
-    streams = footage.judged_streams(manifest.preprocess, manifest.streaming.chunk_seconds)
-    turns: list[TurnAgreement] = []
-
-    def follow(stream: Iterator[Chunk]) -> Iterator[Chunk]:
-        for number, chunk in enumerate(stream):
-            on_progress((len(turns) + number) / sum(footage.judged))
-            yield chunk
-
-    reference = TorchExecutor(checkpoint, num_pages=pages, page_size=manifest.page_size)
-    candidate, _ = create_executor(bundle, "onnxruntime", num_pages=pages)
-    try:
-        for stream in streams:
-            found = compare_executors(reference, {"": candidate}, settings, follow(stream))
-            turns += found[""]
-    finally:
-        reference.close()
-        candidate.close()
+    pages = session_pages(bundle)
+    with ExitStack() as loaded:
+        reference = TorchExecutor(checkpoint, num_pages=pages, page_size=bundle.manifest.page_size)
+        loaded.callback(reference.close)
+        candidate, _ = create_executor(bundle, "onnxruntime", num_pages=pages)
+        loaded.callback(candidate.close)
+        (turns,) = compare_over_footage(
+            bundle, footage, reference, {candidate.name: candidate}, on_progress=on_progress
+        ).values()
     agreement = Agreement.of(turns)
     return Verification(
         reference=checkpoint_directory.resolve().name,

@@ -33,6 +33,11 @@ class Agreement:
     worst_kl: float
     top1: float
 
+    @property
+    def differing_tokens(self) -> int:
+        """Tokens whose likeliest candidate is another than the reference's."""
+        return round((1.0 - self.top1) * self.tokens)
+
     @classmethod
     def of(cls, turns: Iterable["TurnAgreement"]) -> "Agreement":
         """All tokens of some turns. Raises VerificationError if there are none."""

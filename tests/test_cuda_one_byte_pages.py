@@ -1,20 +1,16 @@
 """The CUDA executor's pages of codes: what they cost, beside those of ONNX Runtime's graphs."""
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from reference import triton_device  # noqa: F401
+from reference.coded_bundle import build_coded_bundle
 from reference.cpu_executor import cpu_executor
 from reference.dense_policies import DenseSinkWindow
-from reference.quantized_checkpoint import write_quantized_checkpoint
 from reference.scenario import NUM_PAGES, Scenario
 
-from framesink.build.options import BuildOptions
-from framesink.build.pipeline import build_bundle
-from framesink.build.reporter import SilentReporter
 from framesink.calibration.agreement import Agreement, compare_executors
 from framesink.calibration.recorded_turns import StreamSettings
 from framesink.runtime.bundle import Bundle
@@ -22,29 +18,9 @@ from framesink.runtime.errors import CapacityError
 from framesink.runtime.executors import create_executor
 from framesink.runtime.executors.cuda.paged_cache import page_bytes
 from framesink.runtime.executors.cuda.weight_source import BundleWeights
-from framesink.runtime.models.companion_files import companion_files
-from framesink.runtime.models.quantization import CacheScheme, LinearScheme, Quantization
+from framesink.runtime.models.quantization import CacheScheme, Quantization
 
 CHUNKS = 12
-
-
-def build(checkpoint: Path, directory: Path, scheme: CacheScheme) -> Bundle:
-    """A bundle of the tiny checkpoint with a cache of codes that hold all its keys and values."""
-    write_quantized_checkpoint(
-        checkpoint, directory / "checkpoint", LinearScheme.UNQUANTIZED, scheme, least_range=4.0
-    )
-    for file in companion_files(checkpoint):
-        shutil.copy(file, directory / "checkpoint")
-    options = BuildOptions(
-        directory / "checkpoint",
-        directory / "bundle",
-        plans=False,
-        executed_type="float32",
-        max_streams=2,
-        max_context=1024,
-    )
-    build_bundle(options, SilentReporter())
-    return Bundle.open(directory / "bundle", check="sizes")
 
 
 @pytest.mark.parametrize("scheme", [CacheScheme.INT8, CacheScheme.FP8])
@@ -53,7 +29,7 @@ def test_codes_cost_what_they_cost_the_graphs(
 ) -> None:
     """Codes of turned keys are others than the graphs' of keys before RoPE, and no worse: both are
     held against the same steps over 16-bit pages, through evictions."""
-    bundle = build(tiny_checkpoint, tmp_path, scheme)
+    bundle = build_coded_bundle(tiny_checkpoint, tmp_path, scheme)
     weights = BundleWeights(bundle, torch.device("cpu"))
     weights.quantization = Quantization()
     exact = cpu_executor(bundle, weights=weights)

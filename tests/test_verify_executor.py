@@ -18,7 +18,7 @@ from reference import plain_kernels  # noqa: E402
 
 from framesink.build.footage import Footage  # noqa: E402
 from framesink.build.gate import DEFAULT_GATE  # noqa: E402
-from framesink.build.verify_executor import ExecutorReport, verify_executor  # noqa: E402
+from framesink.build.verify_executor import verify_executor  # noqa: E402
 from framesink.calibration.agreement import Agreement  # noqa: E402
 from framesink.cli.main import framesink  # noqa: E402
 from framesink.runtime.arrays import Float32Array  # noqa: E402
@@ -91,7 +91,7 @@ def test_cuda_is_compared_too(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
     shares: list[float] = []
     report = verify_executor(bundle, "cuda", Footage.whole((), 20), on_progress=shares.append)
     assert report.executor == "cuda"
-    assert report.differing_tokens == 0
+    assert report.agreement.differing_tokens == 0
     assert report.agreement.tokens > 20
     assert report.agreement.kl < 1e-4
     assert shares == [number / 20 for number in range(20)]
@@ -159,6 +159,6 @@ def test_what_cannot_be_compared_is_said(
     assert words in result.stderr
 
 
-def test_the_report_counts_tokens_that_differ() -> None:
+def test_tokens_that_differ_are_counted() -> None:
     agreement = Agreement(tokens=640, kl=0.0, worst_kl=0.0, top1=637 / 640)
-    assert ExecutorReport("cuda", "", "clip", 3, 4, agreement).differing_tokens == 3
+    assert agreement.differing_tokens == 3

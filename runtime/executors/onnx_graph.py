@@ -1,6 +1,7 @@
 """How ONNX Runtime is told to run a bundle's graphs."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,17 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 LOG_ERRORS_ONLY = 3
 
 
-def load_graph(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
-    """An ONNX file, ready to run on the CPU with so many threads for an operator (None: one per
+@dataclass(frozen=True, slots=True)
+class GraphInMemory:
+    """An ONNX graph that no file holds; the files of its weights lie in the directory `weights`."""
+
+    name: str
+    content: bytes
+    weights: Path
+
+
+def load_graph(graph: Path | GraphInMemory, threads: int | None) -> onnxruntime.InferenceSession:
+    """An ONNX graph, ready to run on the CPU with so many threads for an operator (None: one per
     physical core). Raises BundleError if it does not load."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
@@ -30,11 +40,19 @@ def load_graph(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
     # Its own rewriting of QuantizeLinear and DequantizeLinear fails on FP8 and changes results;
     # without it quantized weights become numbers once, at load, and not in every step.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
+    model: Path | bytes
+    if isinstance(graph, GraphInMemory):
+        model = graph.content
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(graph.weights)
+        )
+    else:
+        model = graph
     try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no base class of their own
         reason = str(error).strip().splitlines()[0]
-        raise BundleError(f"ONNX Runtime cannot load {path.name}: {reason}") from error
+        raise BundleError(f"ONNX Runtime cannot load {graph.name}: {reason}") from error
 
 
 def input_dtype(session: onnxruntime.InferenceSession, name: str) -> np.dtype[Any]:

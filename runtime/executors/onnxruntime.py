@@ -19,7 +19,7 @@ from framesink.runtime.errors import CapacityError
 from framesink.runtime.executors.base import SequenceInput
 from framesink.runtime.executors.batching import PaddedGroup, group_by_size, pad_group
 from framesink.runtime.executors.embedding import find_embedding
-from framesink.runtime.executors.onnx_graph import input_dtype, load_graph
+from framesink.runtime.executors.onnx_graph import GraphInMemory, input_dtype, load_graph
 from framesink.runtime.executors.onnx_vision import OnnxVisionEncoder
 from framesink.runtime.models.config import ModelConfig
 from framesink.runtime.preprocess import Grid
@@ -35,13 +35,13 @@ class OnnxRuntimeExecutor:
         self,
         config: ModelConfig,
         *,
-        language_model: Path,
+        language_model: Path | GraphInMemory,
         vision_encoder: Path,
         embedding: AnyArray,
         num_pages: int,
         threads: int | None = None,
     ) -> None:
-        """Load two ONNX files. `embedding` is the token embedding `[vocab, hidden]` of any float
+        """Load two ONNX graphs. `embedding` is the token embedding `[vocab, hidden]` of any float
         type; `threads` is how many threads an operator may use (None: one per physical core).
 
         Raises BundleError for a graph that does not load, CapacityError if the pages do not fit
@@ -59,8 +59,15 @@ class OnnxRuntimeExecutor:
         self._rope = MRopeTable(config.text, self._dtype)
 
     @classmethod
-    def from_bundle(cls, bundle: Bundle, *, num_pages: int, threads: int | None = None) -> Self:
-        """Load a bundle's executed graphs.
+    def from_bundle(
+        cls,
+        bundle: Bundle,
+        *,
+        num_pages: int,
+        threads: int | None = None,
+        language_model: GraphInMemory | None = None,
+    ) -> Self:
+        """Load a bundle's executed graphs, or another `language_model` over the same weights.
 
         Raises BundleError and CapacityError as the constructor does, and BundleError if the token
         embedding is not among the weights.
@@ -68,7 +75,7 @@ class OnnxRuntimeExecutor:
         manifest = bundle.manifest
         return cls(
             manifest.model,
-            language_model=bundle.path(manifest.language_model.executed.path),
+            language_model=language_model or bundle.path(manifest.language_model.executed.path),
             vision_encoder=bundle.path(manifest.vision_encoder.executed.path),
             embedding=find_embedding(bundle),
             num_pages=num_pages,
