@@ -10,6 +10,8 @@ import pytest
 from reference.tiny_checkpoint import write_tiny_checkpoint
 
 if TYPE_CHECKING:
+    from fake.tensorrt_llm import Behaviour
+    from fake.tensorrt_llm_engine import MakeEngine
     from serving_server import RunningServer
     from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -71,6 +73,13 @@ def tiny_bundle(tiny_bundle_with_pages: Callable[..., Path]) -> Path:
     return tiny_bundle_with_pages(16)
 
 
+def _demo_model() -> Path:
+    model = Path(__file__).parents[1] / "demo" / "model"
+    if not model.is_dir():
+        pytest.skip("the demo model is not in this checkout")
+    return model
+
+
 @pytest.fixture(scope="session")
 def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The engine bundle of the demo model, without plans, for up to 48 sessions."""
@@ -78,9 +87,8 @@ def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from framesink.build.pipeline import build_bundle
     from framesink.build.reporter import SilentReporter
 
-    model = Path(__file__).parents[1] / "demo" / "model"
     output = tmp_path_factory.mktemp("demo") / "bundle"
-    build_bundle(BuildOptions(model, output, plans=False, max_streams=48), SilentReporter())
+    build_bundle(BuildOptions(_demo_model(), output, plans=False, max_streams=48), SilentReporter())
     return output
 
 
@@ -91,10 +99,9 @@ def carrying_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from framesink.build.pipeline import build_bundle
     from framesink.build.reporter import SilentReporter
 
-    model = Path(__file__).parents[1] / "demo" / "model"
     output = tmp_path_factory.mktemp("carrying") / "bundle"
     options = BuildOptions(
-        model,
+        _demo_model(),
         output,
         plans=False,
         executed_type="float32",
@@ -103,6 +110,26 @@ def carrying_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     build_bundle(options, SilentReporter())
     return output
+
+
+@pytest.fixture
+def tensorrt_llm(monkeypatch: pytest.MonkeyPatch) -> "Behaviour":
+    """The stand-in of TensorRT-LLM in the place of the package: what it does, and what it saw."""
+    pytest.importorskip("transformers", reason="the stand-in runs on transformers")
+    from fake.tensorrt_llm import install
+
+    return install(monkeypatch)
+
+
+@pytest.fixture
+def make_tensorrt_llm_engine(
+    carrying_bundle: Path, tensorrt_llm: "Behaviour"
+) -> "Iterator[MakeEngine]":
+    """Makes engines of the demo model over the stand-in, which are closed at the end."""
+    from fake.tensorrt_llm_engine import tensorrt_llm_engines
+
+    with tensorrt_llm_engines(carrying_bundle) as make:
+        yield make
 
 
 @pytest.fixture(scope="session")

@@ -39,11 +39,6 @@ RECORDED: dict[str, dict[str, list[str]]] = json.loads(
 EVERY_NAME = [(need, name) for need in NEEDS for name in need.names]
 
 
-@pytest.fixture
-def behaviour(monkeypatch: pytest.MonkeyPatch) -> stand_in.Behaviour:
-    return stand_in.install(monkeypatch)
-
-
 def find(path: str) -> Any:
     """What a recorded path names."""
     parts = path.split(".")
@@ -66,7 +61,7 @@ def test_video_data_is_recorded() -> None:
     assert set(VIDEO_DATA_PARAMETERS) <= set(RECORDED["parameters"][f"{module}.VideoData"])
 
 
-def test_the_stand_in_is_what_is_recorded(behaviour: stand_in.Behaviour) -> None:
+def test_the_stand_in_is_what_is_recorded(tensorrt_llm: stand_in.Behaviour) -> None:
     for module, names in RECORDED["modules"].items():
         public = {name for name in vars(sys.modules[module]) if not name.startswith("__")}
         assert public | {"__version__"} == {*names, "__version__"}
@@ -87,7 +82,7 @@ def test_the_stand_in_is_what_is_recorded(behaviour: stand_in.Behaviour) -> None
     ]["tensorrt_llm.SamplingParams"]
 
 
-def test_an_installed_one_with_everything_is_taken(behaviour: stand_in.Behaviour) -> None:
+def test_an_installed_one_with_everything_is_taken(tensorrt_llm: stand_in.Behaviour) -> None:
     api = load_api()
     assert api.version == stand_in.VERSION
     assert api.llm is stand_in.LLM
@@ -98,7 +93,7 @@ def test_an_installed_one_with_everything_is_taken(behaviour: stand_in.Behaviour
     ("need", "name"), EVERY_NAME, ids=[f"{need.owner} {name}" for need, name in EVERY_NAME]
 )
 def test_each_missing_name_is_named(
-    behaviour: stand_in.Behaviour, monkeypatch: pytest.MonkeyPatch, need: Need, name: str
+    tensorrt_llm: stand_in.Behaviour, monkeypatch: pytest.MonkeyPatch, need: Need, name: str
 ) -> None:
     owner = find(f"{need.module}.{need.owner}")
     match need.kind:
@@ -123,7 +118,7 @@ def test_each_missing_name_is_named(
 
 @pytest.mark.parametrize("name", ["KvCacheConfig", "RequestOutput"])
 def test_a_missing_class_is_named(
-    behaviour: stand_in.Behaviour, monkeypatch: pytest.MonkeyPatch, name: str
+    tensorrt_llm: stand_in.Behaviour, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.delattr(sys.modules["tensorrt_llm.llmapi"], name)
     with pytest.raises(FramesinkError, match=rf"lacks tensorrt_llm\.llmapi\.{name}\b"):
@@ -131,7 +126,7 @@ def test_a_missing_class_is_named(
 
 
 def test_video_data_may_be_at_its_later_place(
-    behaviour: stand_in.Behaviour, monkeypatch: pytest.MonkeyPatch
+    tensorrt_llm: stand_in.Behaviour, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     early, late = VIDEO_DATA_MODULES
     module = sys.modules[early]

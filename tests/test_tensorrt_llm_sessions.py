@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,6 @@ pytest.importorskip("transformers", reason="the stand-in runs on transformers")
 import torch
 from fake import tensorrt_llm as stand_in
 from fake.tensorrt_llm_engine import (
-    CLIP,
     MODEL,
     QUERY,
     WAIT_SECONDS,
@@ -22,7 +21,6 @@ from fake.tensorrt_llm_engine import (
     MakeEngine,
     demo_clip,
     open_session,
-    tensorrt_llm_engines,
     text_of,
 )
 from fake.tensorrt_llm_model import load_runner
@@ -38,21 +36,6 @@ from framesink.runtime.preprocess import resize_frames
 from framesink.runtime.prompting import worker as prompt_worker
 from framesink.runtime.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.skipif(
-    not (MODEL.is_dir() and CLIP.is_file()), reason="the demo model is not in this checkout"
-)
-
-
-@pytest.fixture
-def behaviour(monkeypatch: pytest.MonkeyPatch) -> stand_in.Behaviour:
-    return stand_in.install(monkeypatch)
-
-
-@pytest.fixture
-def make_engine(carrying_bundle: Path, behaviour: stand_in.Behaviour) -> Iterator[MakeEngine]:
-    with tensorrt_llm_engines(carrying_bundle) as make:
-        yield make
-
 
 def placeholders_once(ids: list[int], pad: int) -> list[int]:
     """Token ids with one placeholder per video."""
@@ -62,14 +45,14 @@ def placeholders_once(ids: list[int], pad: int) -> list[int]:
 
 @pytest.mark.parametrize("step", [1, 3])
 def test_captions_are_those_of_the_window_recomputed_densely(
-    make_engine: MakeEngine,
-    behaviour: stand_in.Behaviour,
+    make_tensorrt_llm_engine: MakeEngine,
+    tensorrt_llm: stand_in.Behaviour,
     carrying_bundle: Path,
     step: int,
 ) -> None:
     """Every prompt and every greedy token, over several trims, with a question in between; and
     what is counted as reusable is what the stand-in finds among its blocks of 32 tokens."""
-    engine = make_engine(trim_turns=step)
+    engine = make_tensorrt_llm_engine(trim_turns=step)
     session = open_session(engine)
     tokenizer = Tokenizer.from_directory(carrying_bundle)
     reference = RecomputedStream(
@@ -87,28 +70,30 @@ def test_captions_are_those_of_the_window_recomputed_densely(
         events = list(session)
         frames = resize_frames(chunk.frames, engine.preprocess)
         record = reference.chunk(frames, chunk.t0, chunk.t1, question=question)
-        sent = load_runner(MODEL).tokenizer.encode(behaviour.prompts[-1], add_special_tokens=False)
+        sent = load_runner(MODEL).tokenizer.encode(
+            tensorrt_llm.prompts[-1], add_special_tokens=False
+        )
         assert sent.ids == placeholders_once(record.prompt, reference.video_pad)
         assert list(events[-1].tokens) == record.tokens
         assert text_of(events) == tokenizer.decode(reference.words(record.tokens))
         stats = session.stats()
         assert stats.context_tokens == len(record.prompt)
         assert stats.reusable_tokens is not None
-        assert behaviour.reused_tokens[-1] == stats.reusable_tokens // 32 * 32
+        assert tensorrt_llm.reused_tokens[-1] == stats.reusable_tokens // 32 * 32
         kinds = {event.kind for event in events}
         assert kinds <= {EventKind.ANSWER if question else EventKind.COMMENTARY, EventKind.SILENCE}
         records.append(record)
     assert len({tuple(record.tokens) for record in records}) > 4
-    assert sum(behaviour.reused_tokens) > 0
-    assert behaviour.wrongly_reused_blocks == 0
+    assert sum(tensorrt_llm.reused_tokens) > 0
+    assert tensorrt_llm.wrongly_reused_blocks == 0
 
 
 def test_eight_sessions_at_once_say_what_each_says_alone(
-    make_engine: MakeEngine, behaviour: stand_in.Behaviour
+    make_tensorrt_llm_engine: MakeEngine, tensorrt_llm: stand_in.Behaviour
 ) -> None:
     begins = [0, 2, 5, 7, 9, 10, 14, 20]
     alone = []
-    engine = make_engine()
+    engine = make_tensorrt_llm_engine()
     for begin in begins:
         with open_session(engine, max_new_tokens=4) as session:
             said = []
@@ -116,7 +101,7 @@ def test_eight_sessions_at_once_say_what_each_says_alone(
                 session.push_chunk(chunk)
                 said += [event.tokens for event in session if event.final]
             alone.append(said)
-    assert behaviour.most_at_once == 1
+    assert tensorrt_llm.most_at_once == 1
 
     together = threading.Barrier(len(begins), timeout=WAIT_SECONDS)
 
@@ -124,7 +109,7 @@ def test_eight_sessions_at_once_say_what_each_says_alone(
         if count == 0:
             together.wait()
 
-    behaviour.before_token = wait_for_all
+    tensorrt_llm.before_token = wait_for_all
     engine = StreamingEngine(
         engine._executor,  # the same model, with a thread of the engine's own
         engine.model,
@@ -140,13 +125,13 @@ def test_eight_sessions_at_once_say_what_each_says_alone(
         session.finish()
     said = [[event.tokens for event in session if event.final] for session in sessions]
     assert said == alone
-    assert behaviour.most_at_once == len(begins)
+    assert tensorrt_llm.most_at_once == len(begins)
     assert engine.stats().sessions == 0
     engine.close()
 
 
 def test_a_cancelled_reply_is_aborted_and_drained(
-    make_engine: MakeEngine, behaviour: stand_in.Behaviour
+    make_tensorrt_llm_engine: MakeEngine, tensorrt_llm: stand_in.Behaviour
 ) -> None:
     """Closing in mid-reply harms nobody else, and when it returns the request has ended."""
     speaking = threading.Event()
@@ -158,8 +143,8 @@ def test_a_cancelled_reply_is_aborted_and_drained(
             while not aborted():
                 held.wait(0.01)
 
-    behaviour.before_token = hold
-    engine = make_engine(threaded=True)
+    tensorrt_llm.before_token = hold
+    engine = make_tensorrt_llm_engine(threaded=True)
     other = open_session(engine)
     session = open_session(engine, "hold")
     session.push_chunk(demo_clip()[2])
@@ -168,8 +153,8 @@ def test_a_cancelled_reply_is_aborted_and_drained(
     other.finish()
     assert text_of(list(other)).strip()
     session.close()
-    assert behaviour.aborted == 1
-    assert behaviour.at_once == 0
+    assert tensorrt_llm.aborted == 1
+    assert tensorrt_llm.at_once == 0
     assert not any(event.final for event in session)
     with pytest.raises(SessionClosedError):
         session.push_chunk(demo_clip()[3])
@@ -178,11 +163,11 @@ def test_a_cancelled_reply_is_aborted_and_drained(
 
 @pytest.mark.parametrize("where", ["refuse", "fail"])
 def test_a_failing_request_harms_no_other(
-    make_engine: MakeEngine, behaviour: stand_in.Behaviour, where: str
+    make_tensorrt_llm_engine: MakeEngine, tensorrt_llm: stand_in.Behaviour, where: str
 ) -> None:
     error = ValueError("too\nlong") if where == "refuse" else stand_in.RequestError("no blocks")
-    setattr(behaviour, where, lambda prompt: error if "bad" in prompt else None)
-    engine = make_engine(threaded=True)
+    setattr(tensorrt_llm, where, lambda prompt: error if "bad" in prompt else None)
+    engine = make_tensorrt_llm_engine(threaded=True)
     good, bad = open_session(engine), open_session(engine, "bad")
     for session in (bad, good):
         session.push_chunk(demo_clip()[2])
@@ -200,8 +185,8 @@ def test_a_failing_request_harms_no_other(
 
 
 def test_a_reply_that_does_not_come_is_ended_by_the_watchdog(
-    make_engine: MakeEngine,
-    behaviour: stand_in.Behaviour,
+    make_tensorrt_llm_engine: MakeEngine,
+    tensorrt_llm: stand_in.Behaviour,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The worker's clock jumps past the deadline; the next reply has its own."""
@@ -214,8 +199,8 @@ def test_a_reply_that_does_not_come_is_ended_by_the_watchdog(
 
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + jump)
     monkeypatch.setattr(prompt_worker, "time", clock)
-    engine = make_engine(threaded=True, reply_seconds=1000.0)
-    behaviour.before_token = hold
+    engine = make_tensorrt_llm_engine(threaded=True, reply_seconds=1000.0)
+    tensorrt_llm.before_token = hold
     session = open_session(engine, "hold")
     session.push_chunk(demo_clip()[0])
     assert asked.wait(WAIT_SECONDS)
@@ -223,24 +208,24 @@ def test_a_reply_that_does_not_come_is_ended_by_the_watchdog(
     other = open_session(engine)
     (failure,) = list(session)
     assert "did not complete the reply within 1000 s" in failure.text
-    assert behaviour.aborted == 1
+    assert tensorrt_llm.aborted == 1
     other.push_chunk(demo_clip()[2])
     other.finish()
     assert list(other)[-1].kind is EventKind.COMMENTARY
 
 
 def test_an_executor_that_hangs_ends_the_engine(
-    make_engine: MakeEngine, behaviour: stand_in.Behaviour
+    make_tensorrt_llm_engine: MakeEngine, tensorrt_llm: stand_in.Behaviour
 ) -> None:
     """A cancelled request that never ends: every session is told, nobody waits for ever."""
     release, asked = threading.Event(), threading.Event()
-    engine = make_engine(threaded=True, reply_seconds=0.2, drain_seconds=0.3)
+    engine = make_tensorrt_llm_engine(threaded=True, reply_seconds=0.2, drain_seconds=0.3)
 
     def hang(*_: object) -> None:
         asked.set()
         release.wait(WAIT_SECONDS)
 
-    behaviour.before_token = hang
+    tensorrt_llm.before_token = hang
     idle, session = open_session(engine), open_session(engine)
     session.push_chunk(demo_clip()[0])
     assert asked.wait(WAIT_SECONDS)
@@ -249,5 +234,5 @@ def test_an_executor_that_hangs_ends_the_engine(
     assert "did not end a cancelled request within 0.3 s" in told.text
     assert engine.failure == told.text
     engine.close()
-    assert behaviour.llms[0].is_down
+    assert tensorrt_llm.llms[0].is_down
     release.set()
