@@ -8,8 +8,9 @@ from typing import Self, Unpack
 
 from framesink.client.client import Client, SessionParameters, connect
 from framesink.client.connection import Tls
+from framesink.client.flow import backlog
 from framesink.client.frames import OutgoingChunk
-from framesink.client.link import SessionLink, backlog
+from framesink.client.link import SessionLink
 from framesink.client.settings import SessionSettings
 from framesink.runtime.arrays import UInt8Array
 from framesink.runtime.events import Event

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
-from framesink.runtime.errors import SessionClosedError
+from framesink.runtime.errors import BacklogError, SessionClosedError
 from framesink.runtime.events import Event
 
 _Waiter = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
@@ -164,3 +164,11 @@ class Flow:
 def _wake(future: "asyncio.Future[None]") -> None:
     if not future.done():
         future.set_result(None)
+
+
+def backlog(waited: float) -> BacklogError:
+    """The error of a push that found no place."""
+    return BacklogError(
+        f"No chunk under way was answered and read within {waited:g} s; read the session's events, "
+        "or push less."
+    )

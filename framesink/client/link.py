@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 
 from framesink.client.connection import Connection
 from framesink.client.errors import (
@@ -20,19 +19,12 @@ from framesink.client.errors import (
 )
 from framesink.client.flow import Flow
 from framesink.client.frames import OutgoingChunk
-from framesink.client.replies import (
-    LOST_REPLY,
-    Pending,
-    Replies,
-    describe_loss,
-    may_be_sent_again,
-    places,
-    take_next,
-)
+from framesink.client.replies import LOST_REPLY, Replies, describe_loss
 from framesink.client.server_session import ServerSession
 from framesink.client.settings import SessionSettings
 from framesink.client.stream import RequestStream
 from framesink.client.transcript import Transcript
+from framesink.client.under_way import Pending, UnderWay, may_be_sent_again, places
 from framesink.client.wire import ChunkPayload, ParameterValue, Request, Response, WireError
 from framesink.runtime.errors import BacklogError, FramesinkError, SessionClosedError
 from framesink.runtime.events import EventKind
@@ -68,11 +60,8 @@ class SessionLink:
         self._finishing = self._finished = False
         self._stream: RequestStream | None = None
         self._cause: ClientError | None = None
-        self._pending: dict[str, Pending] = {}
-        self._held: list[Response] = []
-        self._waiting: list[Pending] = []
+        self._under_way = UnderWay()
         self._unanswered: deque[str] = deque()
-        self._requests = 0
         self._late_answers = 0
         self._heard_at = self._asked_at = time.monotonic()
         self._session = ServerSession(connection, settings.model, parameters)
@@ -143,7 +132,7 @@ class SessionLink:
         """
         with self._lock:
             stream, self._stream = self._stream, None
-            given_up = self._take_pending()
+            given_up = self._under_way.take_all()
         self.flow.return_places(places(given_up))
         if stream is None:
             return
@@ -184,10 +173,10 @@ class SessionLink:
         with self._lock:
             if stream is not self._stream:
                 return
-            self._held.append(response)
+            self._under_way.hold(response)
         while True:
             with self._lock:
-                following = take_next(self._held, self._pending)
+                following = self._under_way.take_next()
             if following is None:
                 return
             self._hear(stream, following)
@@ -195,16 +184,13 @@ class SessionLink:
     def _hear(self, stream: RequestStream, response: Response) -> None:
         """Make of a response what it is."""
         with self._lock:
-            pending = self._pending.get(response.request_id)
-            if stream is not self._stream or pending is None:
+            pending = self._under_way.hear(response) if stream is self._stream else None
+            if pending is None:
                 return
             self._heard_at = time.monotonic()
-            last = response.final or response.error is not None
-            if last:
-                del self._pending[response.request_id]
-                self._finished |= pending.request.end and response.error is None
+            self._finished |= pending.request.end and response.final and response.error is None
             # An ensemble may answer the last request before the last replies are through it.
-            over = self._finished and not self._pending
+            over = self._finished and not self._under_way
             event = response.event
             if event is not None:
                 event = self._replies.take(pending, event)
@@ -221,7 +207,7 @@ class SessionLink:
                 return
         if response.error is not None:
             self._refused(stream, pending, response.error)
-        elif last:
+        elif response.is_last:
             self.flow.return_places(pending.holds_place)
         if over:
             self._end()
@@ -233,7 +219,7 @@ class SessionLink:
                 return
             self._stream = None
             cause, self._cause = self._cause or error, None
-            lost = self._take_pending()
+            lost = self._under_way.take_all()
             finished = self._finished
             if not finished:
                 self.flow.pause()
@@ -247,7 +233,7 @@ class SessionLink:
             self._reattach(now, now + self.settings.reconnect_seconds, lost)
         except Exception as failure:  # handed to the reader, who can act on it
             with self._lock:
-                lost += self._take_pending()
+                lost += self._under_way.take_all()
             self.flow.return_places(places(lost))
             self.flow.end(None if self._closing.is_set() else failure)
 
@@ -260,7 +246,7 @@ class SessionLink:
                 if stream is self._stream:
                     self._cause = SessionLostError(error.sentence, error.code or "UNKNOWN")
                     # It was not taken, so it may be sent again.
-                    self._pending[pending.request.request_id] = pending
+                    self._under_way.put_back(pending)
             stream.cancel()
             return
         if pending.request.end:
@@ -292,11 +278,11 @@ class SessionLink:
         now = time.monotonic()
         with self._lock:
             stream = self._stream
-            oldest = min((pending.sent_at for pending in self._pending.values()), default=now)
+            oldest = min((pending.sent_at for pending in self._under_way), default=now)
             silent = now - max(oldest, self._heard_at)
             if stream is None or silent < self.settings.quiet_seconds:
                 return
-            lost = self._take_pending() if self._finished else None
+            lost = self._under_way.take_all() if self._finished else None
         if lost is not None:
             self._give_up(lost)
             return
@@ -355,7 +341,7 @@ class SessionLink:
             self._heard_at = time.monotonic()
             self.flow.resume()
             self._open_stream()
-            waiting, self._waiting = self._waiting, []
+            waiting = self._under_way.take_waiting()
             asked = [pending.request.question for pending in again + waiting]
             for text in self._unanswered if anew else ():
                 if text not in asked:
@@ -404,40 +390,19 @@ class SessionLink:
         with suppress(ValueError):
             self._unanswered.remove(question or "")
 
-    def _take_pending(self) -> list[Pending]:
-        """All that is under way or waits, in the order it was sent; the lock is held."""
-        under_way = sorted(self._pending.values(), key=lambda p: int(p.request.request_id))
-        taken = [*under_way, *self._waiting]
-        self._pending.clear()
-        self._held.clear()
-        self._waiting = []
-        return taken
-
     def _send(self, pending: Pending) -> None:
         """Send a request under the next number, in the session of now; the lock is held.
 
         While the connection is lost it waits.
         """
         if self.flow.paused:
-            self._waiting.append(pending)
+            self._under_way.wait(pending)
             return
-        self._requests += 1
-        pending.request = replace(
-            pending.request, request_id=str(self._requests), sequence_id=self.sequence_id
-        )
-        self._pending[pending.request.request_id] = pending
-        self._open_stream().send(pending.request)
+        request = self._under_way.send(pending, self.sequence_id)
+        self._open_stream().send(request)
 
     def _open_stream(self) -> RequestStream:
         """The stream of now; the lock is held. Also without requests it tells of a server's end."""
         if self._stream is None:
             self._stream = RequestStream(self._connection, self)
         return self._stream
-
-
-def backlog(waited: float) -> BacklogError:
-    """The error of a push that found no place."""
-    return BacklogError(
-        f"No chunk under way was answered and read within {waited:g} s; read the session's events, "
-        "or push less."
-    )

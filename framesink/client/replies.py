@@ -1,28 +1,13 @@
-"""Requests under way, and what their responses become: events as a client sees them."""
+"""What responses become: events as a client sees them."""
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
-from framesink.client.wire import Request, Response
+from framesink.client.under_way import Pending
 from framesink.runtime.events import Event, EventKind, ReplyTiming
 
 LOST_REPLY = "The reply to this chunk, or the rest of it, was lost with the connection."
-
-
-@dataclass(slots=True)
-class Pending:
-    """A request without its last response. Times are `time.monotonic()`."""
-
-    request: Request
-    sent_at: float
-    captured_at: float | None = None
-    holds_place: bool = False
-    heard_at: float | None = None
-    gaps: list[float] = field(default_factory=list)
-    first_after: float = 0.0
-    turn: int | None = None
-    resent: bool = False
 
 
 class Replies:
@@ -77,45 +62,6 @@ class Replies:
 
     def _turn(self) -> int:
         return self._first_turn if self._last is None else self._last.turn
-
-
-def take_next(held: list[Response], pending: Mapping[str, Pending]) -> Response | None:
-    """Take the first of the responses that may be heard now, None if there is none.
-
-    Triton lets responses to requests of one stream overtake each other; those to a chunk, or to the
-    end, are held until all chunks before it are answered. Errors are not: the answer before one may
-    never come.
-    """
-    for place, response in enumerate(held):
-        of = pending.get(response.request_id)
-        waits = of is not None and (of.request.chunk is not None or of.request.end)
-        if response.error is not None or not waits or not _before(response, pending):
-            return held.pop(place)
-    return None
-
-
-def _before(response: Response, pending: Mapping[str, Pending]) -> bool:
-    """Whether a chunk that was sent before the response's is not answered yet."""
-    number = int(response.request_id)
-    return any(
-        other.request.chunk is not None and int(name) < number for name, other in pending.items()
-    )
-
-
-def places(requests: Sequence[Pending]) -> int:
-    """How many places of chunks the requests hold."""
-    return sum(pending.holds_place for pending in requests)
-
-
-def may_be_sent_again(pending: Pending, anew: bool) -> bool:
-    """Whether a request whose fate is unknown does more good than harm when it comes twice.
-
-    An old session may have taken the chunk. A new one has taken nothing, but a request that was
-    lost twice may be what brings the server down.
-    """
-    if pending.request.chunk is None:
-        return True
-    return anew and pending.heard_at is None and not pending.resent
 
 
 def describe_loss(seconds: float, anew: bool, gone: Sequence[Pending]) -> str:

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
+from framesink.client.flow import backlog
 from framesink.client.frames import OutgoingChunk
-from framesink.client.link import SessionLink, backlog
+from framesink.client.link import SessionLink
 from framesink.runtime.arrays import UInt8Array
 from framesink.runtime.events import Event
 from framesink.runtime.video.chunk import Chunk

@@ -72,6 +72,11 @@ class Response:
     final: bool
     error: "WireError | None" = None
 
+    @property
+    def is_last(self) -> bool:
+        """Whether no other follows to this request."""
+        return self.final or self.error is not None
+
 
 @dataclass(frozen=True, slots=True)
 class WireError:
