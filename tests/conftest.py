@@ -12,9 +12,11 @@ from reference.tiny_checkpoint import write_tiny_checkpoint
 if TYPE_CHECKING:
     from fake.tensorrt_llm import Behaviour
     from fake.tensorrt_llm_engine import MakeEngine
+    from fake.triton_service import FakeTriton
     from serving_server import RunningServer
     from transformers import Qwen2_5_VLForConditionalGeneration
 
+    from framesink.client import Client
     from framesink.runtime.manifest import ComputeType
 
 # The models are tiny: threads that spin for each other cost ten times what they bring, above all
@@ -130,6 +132,26 @@ def make_tensorrt_llm_engine(
 
     with tensorrt_llm_engines(carrying_bundle) as make:
         yield make
+
+
+@pytest.fixture
+def fake_triton() -> "Iterator[FakeTriton]":
+    """A server that follows the contract over scripted sessions, in this process."""
+    from fake.triton_service import FakeTriton
+
+    service = FakeTriton()
+    service.start()
+    yield service
+    service.stop()
+
+
+@pytest.fixture
+def fake_triton_client(fake_triton: "FakeTriton") -> "Iterator[Client]":
+    """A client of it."""
+    from framesink.client import connect
+
+    with connect(fake_triton.url, timeout=2.0) as connected:
+        yield connected
 
 
 @pytest.fixture(scope="session")
