@@ -26,7 +26,7 @@ _CHANNELS = 32
 class Parts:
     """Partial attention of R rows (token · heads + head): `values` float32 `[R, splits, D]`, not
     divided by their sum, and `softmax` float32 `[R, splits, 2]`: maximum (of scores · log2 e) and
-    sum."""
+    sum. Where the sum is 0, values need not be written."""
 
     values: Tensor
     softmax: Tensor
@@ -93,13 +93,15 @@ def _combine(
     maximum = tl.load(softmax + 2 * part, mask=exists, other=-1e30)
     total = tl.load(softmax + 2 * part + 1, mask=exists, other=0.0)
     weight = tl.exp2(maximum - tl.max(maximum, axis=1)[:, None])
+    written = (total > 0.0)[:, :, None]
     total = tl.sum(total * weight, axis=1)[:, None]
     partial = tl.load(
         values + part[:, :, None] * HEAD_DIM + channel[None, None, :],
         mask=exists[:, :, None],
         other=0.0,
     )
-    whole = tl.sum(partial * weight[:, :, None], axis=1) / tl.where(total > 0.0, total, 1.0)
+    partial = tl.where(written, partial * weight[:, :, None], 0.0)
+    whole = tl.sum(partial, axis=1) / tl.where(total > 0.0, total, 1.0)
     place = row[:, None] * HEAD_DIM + channel[None, :]
     if SMOOTH:
         whole *= tl.load(smoothing + place % (heads * HEAD_DIM))

@@ -16,6 +16,8 @@ from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable, turn
 from framesink.runtime.executors.cuda.kernels.tiles import DeviceRows
 
 _BLOCK = 32
+# Rows are filled up to a multiple of this.
+ALIGNMENT = 128
 
 
 def gather_context(
@@ -27,11 +29,12 @@ def gather_context(
     pages: LayerPages,
 ) -> tuple[Tensor, Tensor]:
     """Keys and values `[B, Hkv, R + longest, D]` of B sequences: the rows of the context, then the
-    new tokens; what is beyond is not written. Keys are turned to their positions. See
-    `paged_prefill` for the arguments."""
+    new tokens, then zeros up to a multiple of `ALIGNMENT` rows; what is beyond is not written. Room
+    is for such a multiple too. Keys are turned to their positions. See `paged_prefill` for the
+    arguments."""
     batch = len(starts) - 1
     key_heads, head_dim, codes = pages.key_heads, pages.head_dim, pages.codes
-    room = rows.slots.shape[1] + longest
+    room = triton.cdiv(rows.slots.shape[1] + longest, ALIGNMENT) * ALIGNMENT
     shape = (batch, key_heads, room, head_dim)
     keys = torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
     values = torch.empty_like(keys)
@@ -58,6 +61,7 @@ def gather_context(
         len(rotary.cos),
         key_offset=qkv.shape[1] - 2 * key_heads * head_dim,
         BLOCK=_BLOCK,
+        ALIGNMENT=ALIGNMENT,
         KEY_HEADS=key_heads,
         HALF=head_dim // 2,
         TIME_END=rotary.time_end,
@@ -97,6 +101,7 @@ def _gather_context(
     reach,
     key_offset,
     BLOCK: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     TIME_END: tl.constexpr,
@@ -149,7 +154,7 @@ def _gather_context(
         second += tl.where(from_pages, second_bias, 0.0)
     first += tl.load(qkv + fresh, mask=from_qkv, other=0.0).to(tl.float32)
     second += tl.load(qkv + fresh + HALF, mask=from_qkv, other=0.0).to(tl.float32)
-    exists = (row < total)[:, None]
+    exists = (row < tl.cdiv(total, ALIGNMENT) * ALIGNMENT)[:, None]
     tl.store(keys + target, first, mask=exists)
     tl.store(keys + target + HALF, second, mask=exists)
 

@@ -3,8 +3,10 @@
 Every program of a prefill reads the same context, and turning keys or queries in its inner loop
 costs more than the products do. So the context is gathered once per layer, its keys turned to their
 positions, and read by dense attention (FlashAttention-2, arXiv 2307.08691). New tokens of all heads
-of one K/V head are rows of one tile.
+of one K/V head are rows of one tile. Hopper has a kernel of its own, `hopper_prefill.py`.
 """
+
+from functools import cache
 
 import torch
 import triton
@@ -35,6 +37,9 @@ _PROGRAMS = 2
 _MAX_SPLITS = 32
 # What another part adds to the time.
 _SPLIT_COST = 0.1
+# The GPU that `hopper_prefill` is made for, and the release of Triton.
+_HOPPER = (9, 0)
+_GLUON_RELEASE = "3.6."
 
 
 def paged_prefill(
@@ -54,15 +59,61 @@ def paged_prefill(
     sequence begins, and the end; `longest`: no sequence has more new tokens. `rows` are those of
     the contexts, without the new tokens, which attend to all of them, and to each other in order.
     `out` `[M, H·D]`: rows beyond the last sequence's end are undefined. Contexts are split into
-    `splits` parts, by default so many that they fill the GPU.
+    `splits` parts (on Hopper: at most so many, two at least), by default so that they fill the GPU.
     """
-    batch = len(starts) - 1
-    key_heads, head_dim = pages.key_heads, pages.head_dim
-    heads = out.shape[1] // head_dim
+    heads = out.shape[1] // pages.head_dim
+    keys, values = gather_context(qkv, rotary, starts, longest, rows, pages)
+    parts = _attend_on_hopper(qkv, keys, values, starts, longest, rows.counts, heads, splits)
+    if parts is None:
+        parts = _attend(qkv, keys, values, starts, longest, rows.counts, heads, splits)
+    combine(parts, out, output_format)
+
+
+def _attend_on_hopper(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    longest: int,
+    counts: Tensor,
+    heads: int,
+    splits: int | None,
+) -> Parts | None:
+    """None if `hopper_prefill` is not for this GPU or this prompt."""
+    if not _is_hopper(qkv.device):
+        return None
+    # Gluon is experimental: other releases of Triton may lack these modules.
+    from framesink.runtime.executors.cuda.kernels import hopper_prefill
+
+    batch, key_heads, _, head_dim = keys.shape
+    if not hopper_prefill.pays(qkv, longest, batch, head_dim, heads, key_heads):
+        return None
+    return hopper_prefill.attend(qkv, keys, values, starts, longest, counts, heads, splits)
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return (
+        device.type == "cuda"
+        and tuple(torch.cuda.get_device_capability(device)) == _HOPPER
+        and triton.__version__.startswith(_GLUON_RELEASE)
+    )
+
+
+def _attend(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    longest: int,
+    counts: Tensor,
+    heads: int,
+    splits: int | None,
+) -> Parts:
+    """Attend from new tokens to gathered contexts. See `hopper_prefill.attend`."""
+    batch, key_heads, room, head_dim = keys.shape
     group = heads // key_heads
     blocks = triton.cdiv(longest * group, _ROWS)
-    keys, values = gather_context(qkv, rotary, starts, longest, rows, pages)
-    room = keys.shape[2]
     if splits is None:
         busy = min(batch * blocks, triton.cdiv(len(qkv) * group, _ROWS) + batch)
         splits = _choose_splits(busy * key_heads, room, qkv.device)
@@ -72,7 +123,7 @@ def paged_prefill(
         _tiled(keys),
         _tiled(values),
         starts,
-        rows.counts,
+        counts,
         parts.values,
         parts.softmax,
         qkv.stride(0),
@@ -87,7 +138,7 @@ def paged_prefill(
         num_stages=_STAGES,
         **overlapping(qkv.device),
     )
-    combine(parts, out, output_format)
+    return parts
 
 
 def _tiled(rows: Tensor) -> TensorDescriptor:
@@ -170,12 +221,10 @@ def _paged_prefill(
         maximum, total, mixed = add_tile(scores, value, maximum, total, mixed)
         scores = following
     for at in range(plain_end, end, KEYS):
-        # What lies beyond the sequence's end was never written.
-        inside = at + key < end
-        key_tile = tl.where(inside[:, None], keys.load([rows + at, 0]), 0.0).to(dtype)
-        value = tl.where(inside[:, None], values.load([rows + at, 0]), 0.0).to(dtype)
         visible = (at + key)[None, :] <= tl.minimum(count + place, end - 1)[:, None]
-        scores = tl.where(visible, tl.dot(query, key_tile.T), float("-inf"))
+        scores = tl.dot(query, keys.load([rows + at, 0]).T)
+        scores = tl.where(visible, scores, float("-inf"))
+        value = values.load([rows + at, 0])
         maximum, total, mixed = add_tile(scores, value, maximum, total, mixed)
 
     part = (token * (KEY_HEADS * GROUP) + head * GROUP + row % GROUP) * splits + split

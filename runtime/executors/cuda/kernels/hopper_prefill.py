@@ -1,0 +1,398 @@
+"""Attention of many new tokens on Hopper, its pipeline written out in Gluon.
+
+Three groups of warps share a multiprocessor, as in FlashAttention-3 (arXiv 2407.08608): one copies
+tiles of keys and values, two multiply, 64 rows each, so that one makes its softmax while the other
+multiplies; and the values of a tile are multiplied beside the softmax of the tile after it.
+
+The tiles of all blocks of rows, one after another, are cut into one share for every multiprocessor
+(stream-K, arXiv 2301.03598), so that all end at once and few blocks are cut.
+"""
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from framesink.runtime.executors.cuda.kernels.attention_parts import LOG2_E, Parts
+from framesink.runtime.executors.cuda.kernels.overlap import await_inputs, overlapping
+
+HEAD_DIM = 128
+# Rows (tokens · heads of one K/V head) of one group of warps and of a block, keys of a tile, and
+# how many tiles of keys and of values are held at once.
+_GROUP_ROWS = gl.constexpr(64)
+_ROWS = gl.constexpr(128)
+_KEYS = gl.constexpr(128)
+_STAGES = gl.constexpr(2)
+_CHANNELS = gl.constexpr(HEAD_DIM)
+_WARPS = 4
+# Registers of a thread: of the launch, and of those that multiply and copy.
+_REGISTERS = 168
+_MULTIPLYING = gl.constexpr(240)
+_COPYING = gl.constexpr(24)
+# The most parts that a block of rows is cut into.
+_MAX_SPLITS = 32
+_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+_await_inputs = gluon.jit(await_inputs.fn)
+
+
+def pays(qkv: Tensor, longest: int, batch: int, head_dim: int, heads: int, key_heads: int) -> bool:
+    """Whether this kernel takes such prompts, and is faster: few tokens are better attended from in
+    smaller tiles. See `attend` for the arguments."""
+    if qkv.dtype not in _TYPES or head_dim != HEAD_DIM:
+        return False
+    programs = torch.cuda.get_device_properties(qkv.device).multi_processor_count
+    blocks = key_heads * _most_blocks(len(qkv), longest, batch, heads // key_heads)
+    return 2 * blocks >= int(programs)
+
+
+def _most_blocks(tokens: int, longest: int, batch: int, group: int) -> int:
+    """Blocks of rows of one K/V head, at most."""
+    each = triton.cdiv(longest * group, _ROWS.value)
+    return int(min(batch * each, triton.cdiv(tokens * group, _ROWS.value) + batch))
+
+
+def attend(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    longest: int,
+    counts: Tensor,
+    heads: int,
+    splits: int | None = None,
+) -> Parts:
+    """Attend from new tokens to gathered contexts, in at most `splits` parts (two at least).
+
+    `keys` and `values` `[B, Hkv, R, 128]`, R a multiple of 128, as `gather_context` returns them;
+    `counts` int32 `[B]`: rows of contexts without new tokens. For the rest see `paged_prefill`.
+    Parts that a row was not cut into have a sum of 0, and values that were not written.
+    """
+    batch, key_heads, room, head_dim = keys.shape
+    group = heads // key_heads
+    programs = torch.cuda.get_device_properties(qkv.device).multi_processor_count
+    if splits is None:
+        blocks = key_heads * _most_blocks(len(qkv), longest, batch, group)
+        splits = min(triton.cdiv(programs, blocks) + 1, _MAX_SPLITS)
+    splits = max(splits, 2)
+    parts = Parts.empty(len(qkv) * heads, splits, head_dim, qkv.device)
+    _attend[(programs,)](
+        qkv,
+        _tiled(keys),
+        _tiled(values),
+        starts,
+        counts,
+        parts.values,
+        parts.softmax,
+        qkv.stride(0),
+        room,
+        batch,
+        splits,
+        LOG2_E / head_dim**0.5,
+        GROUP=group,
+        KEY_HEADS=key_heads,
+        num_warps=_WARPS,
+        maxnreg=_REGISTERS,
+        **overlapping(qkv.device),
+    )
+    return parts
+
+
+def _tiled(rows: Tensor) -> TensorDescriptor:
+    tile = [_KEYS.value, HEAD_DIM]
+    layout = gl.NVMMASharedLayout.get_default_for(tile, _TYPES[rows.dtype])
+    return TensorDescriptor.from_tensor(rows.view(-1, HEAD_DIM), tile, layout)
+
+
+@gluon.jit(
+    do_not_specialize=("room", "batch", "splits"),
+    do_not_specialize_on_alignment=("starts", "counts"),
+)
+def _attend(
+    qkv,
+    keys,
+    values,
+    starts,
+    counts,
+    mixed_parts,
+    softmax_parts,
+    qkv_stride,
+    room,
+    batch,
+    splits,
+    score_scale,
+    GROUP: gl.constexpr,
+    KEY_HEADS: gl.constexpr,
+    OVERLAP: gl.constexpr,
+):
+    _await_inputs(OVERLAP)
+    dtype: gl.constexpr = keys.dtype
+    QUERIES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_GROUP_ROWS, _CHANNELS], dtype)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    queries = gl.allocate_shared_memory(dtype, [2, _GROUP_ROWS, _CHANNELS], QUERIES)
+    k_tiles = gl.allocate_shared_memory(dtype, [_STAGES, _KEYS, _CHANNELS], keys.layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [_STAGES, _KEYS, _CHANNELS], values.layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER)
+    k_empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER)
+    v_full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER)
+    v_empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER)
+    for stage in gl.static_range(_STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(v_full.index(stage), count=1)
+        # Both groups that multiply are done with it.
+        mbarrier.init(k_empty.index(stage), count=2)
+        mbarrier.init(v_empty.index(stage), count=2)
+
+    work = (starts, counts, batch, splits)
+    tiles = (k_tiles, v_tiles, k_full, k_empty, v_full, v_empty)
+    inputs = (qkv, qkv_stride, score_scale)
+    outputs = (mixed_parts, softmax_parts)
+    gl.warp_specialize(
+        [
+            (_multiply, (work, inputs, outputs, queries, tiles, 0, GROUP, KEY_HEADS)),
+            (_multiply, (work, inputs, outputs, queries, tiles, 1, GROUP, KEY_HEADS)),
+            (_copy, (work, keys, values, room, tiles, GROUP, KEY_HEADS)),
+        ],
+        [4, 1],
+        [_MULTIPLYING, _COPYING],
+    )
+
+
+@gluon.jit
+def _copy(work, keys, values, room, tiles, GROUP: gl.constexpr, KEY_HEADS: gl.constexpr):
+    """Copy tiles in the order in which `_multiply` wants them, as far ahead as there is room."""
+    k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = tiles
+    at, end, share = _share(work, GROUP, KEY_HEADS)
+    slot = 0
+    # A new barrier passes for one whose phase 1 is over.
+    phase = 1
+    while at < end:
+        sequence, head, _, first, amount, _, _, at = _next_segment(
+            work, at, end, share, GROUP, KEY_HEADS
+        )
+        row = (sequence * KEY_HEADS + head) * room + first * _KEYS
+        for tile in range(amount):
+            mbarrier.wait(k_empty.index(slot), phase)
+            mbarrier.expect(k_full.index(slot), keys.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                keys, [row + tile * _KEYS, 0], k_full.index(slot), k_tiles.index(slot)
+            )
+            mbarrier.wait(v_empty.index(slot), phase)
+            mbarrier.expect(v_full.index(slot), values.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                values, [row + tile * _KEYS, 0], v_full.index(slot), v_tiles.index(slot)
+            )
+            slot, phase = _advance(slot, phase)
+
+
+@gluon.jit
+def _multiply(
+    work,
+    inputs,
+    outputs,
+    queries,
+    tiles,
+    WARP_GROUP: gl.constexpr,
+    GROUP: gl.constexpr,
+    KEY_HEADS: gl.constexpr,
+):
+    """Attend from half of the rows of each block."""
+    starts, counts, _, splits = work
+    qkv, qkv_stride, score_scale = inputs
+    mixed_parts, softmax_parts = outputs
+    k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = tiles
+    dtype: gl.constexpr = qkv.dtype.element_ty
+    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _CHANNELS, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 2)
+    OF_ROWS: gl.constexpr = gl.SliceLayout(1, PRODUCT)
+    LOADED: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    query_tile = queries.index(WARP_GROUP)
+    at, end, share = _share(work, GROUP, KEY_HEADS)
+    slot = _STAGES - 1
+    phase = 1
+    while at < end:
+        sequence, head, block, first, amount, part, parts_end, at = _next_segment(
+            work, at, end, share, GROUP, KEY_HEADS
+        )
+        start = gl.load(starts + sequence)
+        length = gl.load(starts + sequence + 1) - start
+        count = gl.load(counts + sequence)
+        first_row = block * _ROWS + WARP_GROUP * _GROUP_ROWS
+
+        row = first_row + gl.arange(0, _GROUP_ROWS, gl.SliceLayout(1, LOADED))
+        channel = gl.arange(0, _CHANNELS, gl.SliceLayout(0, LOADED))
+        token = (start + gl.where(row // GROUP < length, row // GROUP, 0)).to(gl.int64)
+        query = qkv + token * qkv_stride + (head * GROUP + row % GROUP) * _CHANNELS
+        query = gl.load(query[:, None] + channel[None, :])
+        query = (query * score_scale).to(dtype)
+        # All warps are done with the block before.
+        gl.thread_barrier()
+        query_tile.store(query)
+        fence_async_shared()
+
+        row = first_row + gl.arange(0, _GROUP_ROWS, OF_ROWS)
+        place = row // GROUP
+        exists = place < length
+        visible_end = count + gl.minimum(place + 1, length)
+        # Tiles that the block's first row sees whole need no mask.
+        plain = (count + gl.minimum(block * _ROWS // GROUP + 1, length)) // _KEYS - first
+        plain = gl.maximum(gl.minimum(plain, amount), 1)
+
+        slot, phase = _advance(slot, phase)
+        mbarrier.wait(k_full.index(slot), phase)
+        scores = _begin_scores(query_tile, k_tiles.index(slot), PRODUCT)
+        scores = warpgroup_mma_wait(0, deps=(scores,))
+        mbarrier.arrive(k_empty.index(slot), count=1)
+        scores = _mask(scores, first, visible_end, PRODUCT)
+        maximum = gl.maximum(gl.max(scores, 1), -1e30)
+        exponentials = gl.exp2(scores - maximum[:, None])
+        total = gl.sum(exponentials, 1)
+        weights = gl.convert_layout(exponentials.to(dtype), WEIGHTS)
+        mixed = gl.zeros([_GROUP_ROWS, _CHANNELS], gl.float32, PRODUCT)
+        next_slot, next_phase = _advance(slot, phase)
+        mbarrier.wait(k_full.index(next_slot), next_phase, pred=amount > 1)
+        state = (weights, maximum, total, mixed, slot, phase)
+        for tile in range(1, plain):
+            state = _add_tile(
+                state, query_tile, first + tile, tile + 1 < amount, visible_end, tiles, False
+            )
+        for tile in range(plain, amount):
+            state = _add_tile(
+                state, query_tile, first + tile, tile + 1 < amount, visible_end, tiles, True
+            )
+        weights, maximum, total, mixed, slot, phase = state
+        mbarrier.wait(v_full.index(slot), phase)
+        mixed = warpgroup_mma(weights, v_tiles.index(slot), mixed, is_async=True)
+        mixed = warpgroup_mma_wait(0, deps=(mixed,))
+        mbarrier.arrive(v_empty.index(slot), count=1)
+
+        token = (start + gl.where(exists, place, 0)).to(gl.int64)
+        result = (token * (KEY_HEADS * GROUP) + head * GROUP + row % GROUP) * splits
+        softmax = softmax_parts + 2 * (result + part)
+        gl.store(softmax, maximum, mask=exists)
+        gl.store(softmax + 1, total, mask=exists)
+        for _ in range(part + 1, parts_end):
+            softmax += 2
+            gl.store(softmax, gl.full_like(maximum, -1e30), mask=exists)
+            gl.store(softmax + 1, gl.zeros_like(total), mask=exists)
+        channel = gl.arange(0, _CHANNELS, gl.SliceLayout(0, PRODUCT))
+        target = mixed_parts + (result + part)[:, None] * _CHANNELS + channel[None, :]
+        gl.store(target, mixed, mask=exists[:, None])
+
+
+@gluon.jit
+def _add_tile(state, query_tile, tile, more, visible_end, tiles, MASKED: gl.constexpr):
+    """Multiply keys of this tile and values of the tile before, and make the tile's softmax beside
+    the latter. The tile's keys are there already; where there are `more`, the next one's are
+    awaited."""
+    weights, maximum, total, mixed, slot, phase = state
+    k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = tiles
+    PRODUCT: gl.constexpr = mixed.type.layout
+    WEIGHTS: gl.constexpr = weights.type.layout
+    k_slot, k_phase = _advance(slot, phase)
+    later_slot, later_phase = _advance(k_slot, k_phase)
+    scores = _begin_scores(query_tile, k_tiles.index(k_slot), PRODUCT)
+    mbarrier.wait(v_full.index(slot), phase)
+    mixed = warpgroup_mma(weights, v_tiles.index(slot), mixed, is_async=True)
+    scores = warpgroup_mma_wait(1, deps=(scores,))
+    mbarrier.arrive(k_empty.index(k_slot), count=1)
+    if MASKED:
+        scores = _mask(scores, tile, visible_end, PRODUCT)
+    highest = gl.maximum(maximum, gl.max(scores, 1))
+    exponentials = gl.exp2(scores - highest[:, None])
+    shrink = gl.exp2(maximum - highest)
+    total = total * shrink + gl.sum(exponentials, 1)
+    # This wait has a loop in it, over which the compiler does not move the softmax: without it, it
+    # would await the product first.
+    mbarrier.wait(k_full.index(later_slot), later_phase, pred=more)
+    mixed, exponentials = warpgroup_mma_wait(0, deps=(mixed, exponentials))
+    mbarrier.arrive(v_empty.index(slot), count=1)
+    mixed = mixed * shrink[:, None]
+    weights = gl.convert_layout(exponentials.to(weights.dtype), WEIGHTS)
+    return weights, highest, total, mixed, k_slot, k_phase
+
+
+@gluon.jit
+def _begin_scores(query_tile, k_tile, PRODUCT: gl.constexpr):
+    zeros = gl.zeros([_GROUP_ROWS, _KEYS], gl.float32, PRODUCT)
+    return warpgroup_mma(query_tile, k_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _mask(scores, tile, visible_end, PRODUCT: gl.constexpr):
+    key = tile * _KEYS + gl.arange(0, _KEYS, gl.SliceLayout(0, PRODUCT))
+    return gl.where(key[None, :] < visible_end[:, None], scores, float("-inf"))
+
+
+@gluon.jit
+def _advance(slot, phase):
+    """The slot after this one, and the phase its barriers will be in."""
+    wraps = slot == _STAGES - 1
+    return gl.where(wraps, 0, slot + 1), gl.where(wraps, phase ^ 1, phase)
+
+
+@gluon.jit
+def _size(work, sequence, GROUP: gl.constexpr):
+    """Blocks of rows of a sequence, and tiles of its context and new tokens."""
+    starts, counts, _, _ = work
+    length = gl.load(starts + sequence + 1) - gl.load(starts + sequence)
+    blocks = gl.cdiv(length * GROUP, _ROWS)
+    return blocks, gl.cdiv(gl.load(counts + sequence) + length, _KEYS)
+
+
+@gluon.jit
+def _share(work, GROUP: gl.constexpr, KEY_HEADS: gl.constexpr):
+    """Where this program's tiles begin and end among those of all blocks, heads and sequences, and
+    how many a program has: such that no block is cut into more than `splits` parts."""
+    _, _, batch, splits = work
+    total = 0
+    longest = 0
+    for sequence in range(batch):
+        blocks, tiles = _size(work, sequence, GROUP)
+        total += blocks * tiles * KEY_HEADS
+        longest = gl.maximum(longest, gl.where(blocks > 0, tiles, 0))
+    share = gl.maximum(gl.cdiv(total, gl.num_programs(0)), gl.cdiv(longest, splits - 1))
+    begin = gl.program_id(0) * share
+    return begin, gl.minimum(begin + share, total), share
+
+
+@gluon.jit
+def _next_segment(work, at, end, share, GROUP: gl.constexpr, KEY_HEADS: gl.constexpr):
+    """Tiles of one block that this program takes on from `at`: sequence, K/V head and block; the
+    first tile and how many; the part of the block that they are, and where the parts end that this
+    program writes; and what comes after."""
+    starts, counts, batch, splits = work
+    sequence = 0
+    begin = 0
+    passed = 0
+    for other in range(batch):
+        blocks, tiles = _size(work, other, GROUP)
+        size = blocks * tiles * KEY_HEADS
+        reached = (at >= passed) & (size > 0)
+        sequence = gl.where(reached, other, sequence)
+        begin = gl.where(reached, passed, begin)
+        passed += size
+    blocks, tiles = _size(work, sequence, GROUP)
+    index = (at - begin) // tiles
+    head = index // blocks
+    block = index % blocks
+    begin += index * tiles
+    first = at - begin
+    amount = gl.minimum(tiles - first, end - at)
+    part = begin // share
+    part = gl.program_id(0) - part
+    # The last part of a block marks the ones that there are not.
+    parts_end = gl.where(first + amount == tiles, splits, part + 1)
+    # What the block's last row does not see is left out, but for one tile, which is masked.
+    length = gl.load(starts + sequence + 1) - gl.load(starts + sequence)
+    seen = gl.load(counts + sequence) + gl.minimum(length, gl.cdiv((block + 1) * _ROWS, GROUP))
+    seen_amount = gl.maximum(gl.minimum(amount, gl.cdiv(seen, _KEYS) - first), 1)
+    return sequence, head, block, first, seen_amount, part, parts_end, at + amount
