@@ -1,5 +1,7 @@
 """Elementwise steps: the MLP's gate, and codes of a linear layer's input."""
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,26 +15,19 @@ _BLOCK = 1024
 def silu_and_multiply(gate_up: Tensor, out: Tensor, output_format: OutputFormat) -> None:
     """SwiGLU (arXiv 2002.05202): `silu(gate) · up` of `gate_up` `[M, 2·I]`, gate first, into `out`
     `[M, I]`. Products are rounded to the type of `gate_up`, as the model's graph does."""
-    tokens, size = out.shape
-    smoothing = output_format.smoothing
-    _silu_and_multiply[(tokens, triton.cdiv(size, _BLOCK))](
-        gate_up,
-        gate_up if smoothing is None else smoothing,
-        out,
-        size,
-        output_format.scale,
-        BLOCK=_BLOCK,
-        SMOOTH=smoothing is not None,
-        num_warps=4,
-        **overlapping(out.device),
-    )
+    _launch(_silu_and_multiply, gate_up, out, output_format)
 
 
 def quantize(values: Tensor, out: Tensor, output_format: OutputFormat) -> None:
     """`values` `[M, n]` as codes `out` `[M, n]`."""
+    _launch(_quantize, values, out, output_format)
+
+
+def _launch(kernel: Any, values: Tensor, out: Tensor, output_format: OutputFormat) -> None:
+    """One program for every row of `out` and every block of its columns."""
     tokens, size = out.shape
     smoothing = output_format.smoothing
-    _quantize[(tokens, triton.cdiv(size, _BLOCK))](
+    kernel[(tokens, triton.cdiv(size, _BLOCK))](
         values,
         values if smoothing is None else smoothing,
         out,
