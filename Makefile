@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 BUNDLE := bundles/demo
 
-.PHONY: demo test lint check clean
+.PHONY: demo test lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/build-engines demo/model -o $(BUNDLE) --force

@@ -30,7 +30,13 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     help="How many chunks --executor is compared over.  [default: 32, and 4 for a large model]",
 )
-@click.option("--tokens", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="How many tokens a 16-bit bundle is compared with transformers over.",
+)
 @click.option(
     "--gate",
     metavar="top1=X,kl=Y",

@@ -79,11 +79,6 @@ class Conversation:
     # What the worker asks.
 
     @property
-    def replying(self) -> bool:
-        """Whether a turn is under way."""
-        return self._turn is not None
-
-    @property
     def done(self) -> bool:
         """Whether everything that was put in has been answered and nothing more may come."""
         return self._turn is None and self._source.exhausted
