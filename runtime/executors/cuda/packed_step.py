@@ -20,7 +20,10 @@ from framesink.runtime.executors.cuda.decode import NO_SLOT
 from framesink.runtime.executors.cuda.kernels.tiles import DeviceRows, NewRows
 from framesink.runtime.executors.cuda.staging import Staging
 
+# Steps with one part, the common ones, are filled up less: between 768 and 896 tokens every row of
+# a product costs.
 _TOKEN_STEP = 128
+_TOKEN_STEP_OF_ONE_PART = 64
 _DECODING = (0, 8, 16, 24, 32, 40, 48, 56, 64)
 # Fields begin at addresses that kernels need not be compiled anew for.
 _ALIGNMENT = 16
@@ -43,23 +46,22 @@ class StepShapes:
         """For steps of at most `sequences` sequences, and of parts of at most `tokens` tokens
         together."""
         self._decoding = [*(size for size in _DECODING if size < sequences), sequences]
-        longest = -(-(sequences + tokens) // _ALIGNMENT) * _ALIGNMENT
-        self._tokens: list[int] = [*range(_TOKEN_STEP, longest, _TOKEN_STEP), longest]
+        self._longest = -(-(sequences + tokens) // _ALIGNMENT) * _ALIGNMENT
         powers = (1 << power for power in range(sequences.bit_length()))
         self._parts = [*(size for size in powers if size < sequences), sequences]
 
     def __iter__(self) -> Iterator[StepShape]:
         """All of them, the largest first."""
-        for parts, tokens, decoding in product(
-            reversed(self._parts), reversed(self._tokens), reversed(self._decoding)
-        ):
-            if tokens > decoding:
-                yield StepShape(decoding, tokens, parts)
+        for parts in reversed(self._parts):
+            tokens = reversed(self._tokens(parts))
+            for size, decoding in product(tokens, reversed(self._decoding)):
+                if size > decoding:
+                    yield StepShape(decoding, size, parts)
 
     @property
     def most_tokens(self) -> int:
         """Tokens of the largest shape."""
-        return self._tokens[-1]
+        return self._longest
 
     def smallest(
         self, decodes: Sequence[SequenceInput], parts: Sequence[SequenceInput]
@@ -67,15 +69,20 @@ class StepShapes:
         """The smallest shape with room for a step. Raises CapacityError if there is none."""
         prompt = sum(given.token_ids.size for given in parts)
         decoding = _at_least(self._decoding, len(decodes))
-        tokens = _at_least(self._tokens, (decoding or 0) + prompt)
         count = _at_least(self._parts, len(parts))
+        tokens = _at_least(self._tokens(count or 1), (decoding or 0) + prompt)
         if decoding is None or tokens is None or count is None:
             raise CapacityError(
                 f"A step of {len(decodes) + len(parts)} sequences with {prompt} tokens of prompts "
                 f"is larger than the executor was made for, {self._parts[-1]} and "
-                f"{self._tokens[-1] - self._decoding[-1]}; use smaller parts."
+                f"{self._longest - self._decoding[-1]}; use smaller parts."
             )
         return StepShape(decoding, tokens, count)
+
+    def _tokens(self, parts: int) -> list[int]:
+        """The numbers of tokens of steps with so many parts, ascending."""
+        step = _TOKEN_STEP_OF_ONE_PART if parts == 1 else _TOKEN_STEP
+        return [*range(step, self._longest, step), self._longest]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -82,14 +82,15 @@ class PrefillRunner:
         self._results: dict[StepShape, StepResult] = {}
 
     def capture(self) -> None:
-        """Capture the common shapes, the largest first: the others share its memory. The largest of
-        those that are not captured is run, so that torch's pool has its memory."""
+        """Capture the common shapes, the largest first: the others share its memory. All are laid
+        out, and the largest of those that are not captured is run, so that torch's pool has its
+        memory: a process does not grow when it meets a rare shape."""
         pool = torch.cuda.graph_pool_handle()
         for number, shape in enumerate(self._shapes):
+            packed = self._packed_step(shape)
             captured = shape.parts <= _CAPTURED_PARTS
             if number > 0 and not captured:
                 continue
-            packed = self._packed_step(shape)
             packed.clear(self._tables.padding_row)
             self._block.send(packed.integers)
             work = partial(self._forward, packed)
