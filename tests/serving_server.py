@@ -1,7 +1,6 @@
 """A real server for tests: framesink's supervisor, Triton Inference Server, free ports."""
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection
@@ -84,11 +83,3 @@ def start_server(bundle: Path, **options: Any) -> Iterator[RunningServer]:
     )
     with Supervisor(bundle, checked) as supervisor:
         yield RunningServer(supervisor)
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
-    """Wait for what should come about soon; fails if it does not within so many seconds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)

@@ -1,11 +1,11 @@
 """Who may stream live: as many as fit, in the order they came."""
 
 import threading
-import time
 
 import pytest
 from fake.engine import make_engine
 from fake.live import COSTS, LiveMachine
+from fake.waiting import until
 from reference.live_machine import H200, W720
 
 from framesink.runtime.errors import BusyError, OptionError, SessionClosedError
@@ -104,13 +104,6 @@ class Room:
         return name
 
 
-def wait_until(entrance: Entrance, waiting: int) -> None:
-    deadline = time.monotonic() + WAIT
-    while entrance.waiting != waiting:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
 def test_who_waits_comes_in_order() -> None:
     entrance, room = Entrance(), Room(0)
     names = ["first", "second", "third"]
@@ -120,7 +113,7 @@ def test_who_waits_comes_in_order() -> None:
             threading.Thread(target=entrance.admit, args=(lambda name=name: room.enter(name), WAIT))
         )
         threads[-1].start()
-        wait_until(entrance, number + 1)
+        until(lambda waiting=number + 1: entrance.waiting == waiting)
     with pytest.raises(BusyError, match="Other sessions wait"):
         entrance.admit(lambda: room.enter("pushy"), None)
     for number in range(3):
@@ -141,10 +134,7 @@ def test_a_session_waits_for_another_to_be_closed() -> None:
             target=lambda: opened.append(engine.open_session(real_time=patient))
         )
         thread.start()
-        deadline = time.monotonic() + WAIT
-        while engine.stats().queued != 1:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
+        until(lambda: engine.stats().queued == 1)
         assert not opened
         first.close()
         thread.join(WAIT)
@@ -173,7 +163,7 @@ def test_closing_sends_those_who_wait_away() -> None:
 
     thread = threading.Thread(target=wait)
     thread.start()
-    wait_until(entrance, 1)
+    until(lambda: entrance.waiting == 1)
     entrance.close("The engine was closed.")
     thread.join(WAIT)
     assert [str(error) for error in raised] == ["The engine was closed."]

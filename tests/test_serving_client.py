@@ -9,8 +9,9 @@ import threading
 import cv2
 import numpy as np
 import pytest
-from fake.triton_client import FRAME, PNG, WORDS, text_of, wait_until
+from fake.triton_client import FRAME, PNG, WORDS, text_of
 from fake.triton_service import FakeTriton
+from fake.waiting import until
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -195,7 +196,7 @@ def test_cancelling(fake_triton: FakeTriton, fake_triton_client: Client) -> None
         number = session.sequence_id
         session.push(FRAME)
         session.push(FRAME)
-        wait_until(lambda: len(fake_triton.sessions[number].chunks) == 2)
+        until(lambda: len(fake_triton.sessions[number].chunks) == 2)
         assert not fake_triton.cancelled.is_set()
         session.cancel()
         assert fake_triton.cancelled.wait(5.0)

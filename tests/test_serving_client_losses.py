@@ -3,8 +3,9 @@
 import itertools
 
 import pytest
-from fake.triton_client import FRAME, PNG, WORDS, text_of, wait_until
+from fake.triton_client import FRAME, PNG, WORDS, text_of
 from fake.triton_service import FakeTriton
+from fake.waiting import until
 
 from framesink.client import Client, EventKind, ServerGoneError, SessionSettings, connect
 
@@ -20,7 +21,7 @@ def test_a_lost_connection_goes_on_in_the_same_session(
             next(events)
         fake_triton.silent = True
         session.push(FRAME, t0=7.0, t1=8.0)
-        wait_until(lambda: len(fake_triton.sessions[number].chunks) == 2)
+        until(lambda: len(fake_triton.sessions[number].chunks) == 2)
         fake_triton.silent = False
         fake_triton.break_streams()
         notice = next(events)
@@ -44,10 +45,10 @@ def test_a_crashed_server_goes_on_from_the_transcript(
             for _ in range(3):
                 next(events)
         session.ask("How many?")
-        wait_until(lambda: fake_triton.sessions[number].questions == ["How many?"])
+        until(lambda: fake_triton.sessions[number].questions == ["How many?"])
         fake_triton.silent = True
         session.push(FRAME, t0=9.0, t1=10.0)
-        wait_until(lambda: len(fake_triton.sessions[number].chunks) == 3)
+        until(lambda: len(fake_triton.sessions[number].chunks) == 3)
         fake_triton.stop()
         fake_triton.sessions.clear()
         fake_triton.silent = False
@@ -91,7 +92,7 @@ def test_a_chunk_that_brings_servers_down_is_sent_twice_at_most(
         session.push(FRAME)
         seen = []
         for _ in range(2):
-            wait_until(lambda: len(fake_triton.sessions[session.sequence_id].chunks) == 1)
+            until(lambda: len(fake_triton.sessions[session.sequence_id].chunks) == 1)
             seen.append(session.sequence_id)
             fake_triton.sessions.clear()
             fake_triton.break_streams()
@@ -154,7 +155,7 @@ def test_a_reply_that_never_comes(fake_triton: FakeTriton, fake_triton_client: C
     with fake_triton_client.session(settings=settings) as session:
         fake_triton.silent = True
         session.push(FRAME)
-        wait_until(lambda: len(fake_triton.sessions[session.sequence_id].chunks) == 1)
+        until(lambda: len(fake_triton.sessions[session.sequence_id].chunks) == 1)
         fake_triton.silent = False
         events = list(itertools.islice(session, 2))
         session.push(FRAME)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from serving_server import wait_until
+from fake.waiting import until
 
 from framesink.client import (
     Client,
@@ -102,10 +102,10 @@ def test_told_to_stop_it_answers_what_waits(command: Command, demo_bundle: Path,
             assert event is not None
             events.append(event)
         assert all(event.kind is not EventKind.ERROR for event in events), events
-        wait_until(lambda: _refuses(client, settings))
+        until(lambda: _refuses(client, settings))
     output, errors = command.process.communicate(timeout=30)
     assert (command.process.returncode, output, errors) == (0, "", "")
-    wait_until(lambda: not any(_runs(part) for part in command.parts))
+    until(lambda: not any(_runs(part) for part in command.parts))
 
 
 def test_readiness_ends_with_the_drain(command: Command) -> None:
@@ -131,7 +131,7 @@ def test_nothing_outlives_a_killed_command(command: Command) -> None:
     assert directory.is_dir()
     assert region.is_file()
     command.process.kill()
-    wait_until(lambda: not any(_runs(part) for part in command.parts))
+    until(lambda: not any(_runs(part) for part in command.parts))
     assert not directory.exists()
     assert not region.exists()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from serving_server import wait_until
+from fake.waiting import until
 
 from framesink.serving.guardian import SHARED_MEMORY, SIGNALLED, guarded_command
 
@@ -75,9 +75,9 @@ def test_it_does_not_outlive_its_parent(tmp_path: Path, region: Path) -> None:
         assert len(family) >= 3
         parent.kill()
         parent.wait(60)
-        wait_until(lambda: not directory.exists())
+        until(lambda: not directory.exists())
     assert not region.exists()
-    wait_until(lambda: not any(_runs(member) for member in family))
+    until(lambda: not any(_runs(member) for member in family))
 
 
 def _runs(process: psutil.Process) -> bool:

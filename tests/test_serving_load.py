@@ -1,14 +1,15 @@
 """What a session host says to clients when there is no time for them, and when they are late."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from fake.engine import make_engine
-from fake.host import WAIT_SECONDS, HostDesk, RecordingSink, make_desk
+from fake.host import HostDesk, RecordingSink, make_desk
 from fake.live import SlowExecutor
+from fake.waiting import WAIT_SECONDS, until
 from pydantic import ValidationError
 
 from framesink.runtime.events import EventKind
@@ -35,13 +36,6 @@ def host(
         yield desk
     finally:
         desk.host.close()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.01)
 
 
 def test_a_session_without_time_for_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

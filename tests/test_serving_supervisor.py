@@ -9,7 +9,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from serving_server import RunningServer, start_server, wait_until
+from fake.waiting import until
+from serving_server import RunningServer, start_server
 
 from framesink.client import Event, EventKind, SessionSettings, connect
 from framesink.client.session import Session
@@ -71,12 +72,12 @@ def test_eight_sessions_survive_the_death_of_the_model(
             session.push(chunk)
             read_turns(session, 1)
         said = [session.transcript for session in sessions]
-        wait_until(lambda: live_sessions(server) == 8)
+        until(lambda: live_sessions(server) == 8)
         for session in sessions:
             session.push(chunk)
         old = server.model_process("language_model")
         old.kill()
-        wait_until(lambda: not server.ready(), 5.0)
+        until(lambda: not server.ready(), 5.0)
         for session, before in zip(sessions, said, strict=True):
             session.push(chunk)
             events = read_turns(session, 2)
@@ -86,18 +87,18 @@ def test_eight_sessions_survive_the_death_of_the_model(
         assert server.model_process("language_model").pid != old.pid
         for session in sessions:
             session.close()
-    wait_until(lambda: live_sessions(server) == 0)
+    until(lambda: live_sessions(server) == 0)
 
 
 @pytest.mark.parametrize("victim", ["preprocess", "tritonserver"])
 def test_whatever_dies_is_recovered(server: RunningServer, frame: UInt8Array, victim: str) -> None:
-    wait_until(server.ready)
+    until(server.ready)
     language_model = server.model_process("language_model")
     process = server.model_process(victim) if victim == "preprocess" else language_model.parent()
     assert process is not None
     process.kill()
-    wait_until(lambda: not server.ready(), 5.0)
-    wait_until(server.ready)
+    until(lambda: not server.ready(), 5.0)
+    until(server.ready)
     assert server.model_process("language_model").pid != language_model.pid
     settings = SessionSettings(model="streaming_vlm")
     with connect(server.url) as client, client.session(settings=settings) as session:
@@ -153,7 +154,7 @@ def test_a_server_is_started_again_however_often_it_dies(
     ports = dict(zip(("grpc_port", "http_port", "metrics_port"), free_ports(3), strict=True))
     server = supervisor.Supervisor(demo_bundle, ServeOptions(**ports))
     with server:
-        wait_until(lambda: len(launches) >= 10)
+        until(lambda: len(launches) >= 10)
         assert not server.wait(0.0)
     server.raise_failure()
     assert DyingProcess.alive == 0

@@ -16,7 +16,6 @@ from fake import tensorrt_llm as stand_in
 from fake.tensorrt_llm_engine import (
     MODEL,
     QUERY,
-    WAIT_SECONDS,
     WINDOW,
     MakeEngine,
     demo_clip,
@@ -24,6 +23,7 @@ from fake.tensorrt_llm_engine import (
     text_of,
 )
 from fake.tensorrt_llm_model import load_runner
+from fake.waiting import WAIT_SECONDS
 from reference.dense_model import load_model
 from reference.dense_policies import DenseSinkWindow
 from reference.dense_streaming import TurnRecord

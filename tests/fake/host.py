@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 
 from fake.engine import make_frames
+from fake.waiting import WAIT_SECONDS
 from framesink.runtime.arrays import AnyArray, UInt8Array
 from framesink.runtime.engine import StreamingEngine
 from framesink.runtime.events import Event
@@ -18,8 +19,6 @@ from framesink.serving.metrics import ServingMetrics, Write
 from framesink.serving.options import ServeOptions
 from framesink.serving.requests import RawRequest
 from framesink.serving.session_host import SessionHost
-
-WAIT_SECONDS = 30.0
 
 
 class RecordingSink:

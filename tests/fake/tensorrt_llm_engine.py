@@ -20,7 +20,6 @@ MODEL, CLIP = DEMO / "model", DEMO / "clip.mp4"
 WINDOW = 4
 POLICY = SinkWindow(sink_text=12, recent_text=20, vision_seconds=WINDOW, reply_turns=WINDOW)
 QUERY = "Say what happens."
-WAIT_SECONDS = 60.0
 
 MakeEngine = Callable[..., StreamingEngine]
 

@@ -1,8 +1,5 @@
 """What tests of the client have in common."""
 
-import time
-from collections.abc import Callable
-
 import numpy as np
 
 from framesink.client import Event, EventKind, SessionSettings
@@ -15,11 +12,3 @@ WORDS = " one two"
 def text_of(events: list[Event]) -> str:
     """What was said in events."""
     return "".join(event.text for event in events if event.kind is not EventKind.DEGRADED)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait for something that must come."""
-    deadline = time.monotonic() + 10.0
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
