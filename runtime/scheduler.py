@@ -173,7 +173,12 @@ class _StepLimits:
         left = min(self._stall, self._slack(item)) - self._spent - costs.prefill.base
         if left < 0:
             return 0
-        tokens = most if costs.prefill.each * most <= left else int(left / costs.prefill.each)
+        tokens = most
+        if costs.prefill.each * most > left:
+            # Every part pays the base again: what fits into a later step is not cut in this one.
+            if costs.prefill.seconds(most) <= self._stall:
+                return 0
+            tokens = int(left / costs.prefill.each)
         if tokens < min(most, LEAST_PART):
             return 0
         self._spent += costs.prefill.seconds(tokens)

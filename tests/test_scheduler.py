@@ -193,6 +193,16 @@ def test_a_prompt_waits_for_a_reply_that_is_due_first() -> None:
     assert scheduler.schedule([prompt, lost]) == [Share(2, 1), Share(1, 23)]
 
 
+def test_a_prompt_that_a_later_step_has_room_for_is_not_cut() -> None:
+    """Each of its parts would take the base of 0.02 s again; whole it takes 0.24 s."""
+    prompt = Work(1, NOW + 9, 22, decoding=False, reply_tokens=3, grace=1)
+    relaxed = Work(2, NOW + 0.75, 1, decoding=True, reply_tokens=3, grace=1)
+    ending = Work(2, NOW + 0.75, 1, decoding=True, reply_tokens=1, grace=1)
+    scheduler = make_scheduler(costs=SLOW)
+    assert scheduler.schedule([prompt, relaxed]) == [Share(2, 1)]
+    assert scheduler.schedule([prompt, ending]) == [Share(2, 1), Share(1, 22)]
+
+
 def test_so_does_a_chunk() -> None:
     chunk = Encoding(1, NOW + 9, 30, reply_tokens=3, grace=1)
     hurried = Work(2, NOW + 0.4, 1, decoding=True, reply_tokens=3)
