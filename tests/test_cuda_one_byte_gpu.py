@@ -6,7 +6,7 @@ import pytest
 from reference.triton_device import HAS_GPU
 
 from framesink.build.footage import Footage
-from framesink.build.gate import QualityGate
+from framesink.build.gate import DEFAULT_GATE
 from framesink.build.options import BuildOptions
 from framesink.build.pipeline import build_bundle
 from framesink.build.reporter import SilentReporter
@@ -40,6 +40,9 @@ def test_steps_beside_those_of_the_graphs(tmp_path: Path, precision: CachePrecis
         max_context=4096,
     )
     build_bundle(options, SilentReporter())
-    clip = Footage.whole([DEMO / "clip.mp4"], CHUNKS)
-    report = verify_executor(Bundle.open(tmp_path / "bundle"), "cuda", clip)
-    report.check(QualityGate(top1=0.98, kl=0.02))
+    bundle = Bundle.open(tmp_path / "bundle")
+    # Of the generated scene the model is unsure: there the codes of either change some tokens.
+    for videos in ((DEMO / "clip.mp4",), ()):
+        report = verify_executor(bundle, "cuda", Footage.whole(videos, CHUNKS))
+        report.check(DEFAULT_GATE)
+        assert report.same_codes is not None
