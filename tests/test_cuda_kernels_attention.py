@@ -7,9 +7,19 @@ import numpy as np
 import pytest
 import torch
 from reference import triton_device
-from reference.attention_run import TOLERANCE, Run, Sequence, assert_close, make_run
+from reference.attention_run import (
+    TOLERANCE,
+    Run,
+    Sequence,
+    assert_close,
+    device_rows,
+    make_run,
+    tables_of,
+    to_device,
+)
 from reference.paged_contexts import PagedRows, Sizes, joined
 
+from framesink.runtime.executors.cuda.kernels.gather_context import ALIGNMENT, gather_context
 from framesink.runtime.models.quantization import CacheScheme
 
 SMALL = Sizes(heads=6, key_heads=2, head_dim=32, page_size=8, sections=(4, 6, 6))
@@ -73,6 +83,28 @@ def test_a_first_prompt_has_no_context(dtype: torch.dtype) -> None:
     run = Run(SMALL, [Sequence(rows, 21)], pool, dtype)
     run.append()
     assert_close(run.prefill(generator, None), run.reference(), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gathered_codes_stand_for_the_gathered_values(dtype: torch.dtype) -> None:
+    run, generator = make_run(SMALL, 7, dtype, (24, 1, 5), SPANS, CacheScheme.FP8)
+    run.append()
+    new = [sequence.new for sequence in run.sequences]
+    rows = device_rows(tables_of([s.context for s in run.sequences], SMALL, generator))
+    starts = to_device(np.cumsum([0, *new, 0]).astype(np.int32))
+    arguments = (run.qkv, run.rotary, starts, max(new), rows, run.pages)
+    keys, values = gather_context(*arguments)
+    same_keys, codes = gather_context(*arguments, value_codes=True)
+    found = codes.view(torch.uint8).unflatten(3, (-1, 4, 2, 2)).permute(0, 1, 3, 5, 4, 6, 2)
+    found = found.flatten(2, 5).contiguous().view(torch.float8_e4m3fn).float()
+    assert run.pages.codes is not None
+    found = (found * run.pages.codes.value_scale[None, :, None, None]).to(dtype)
+    for sequence, (count, fresh) in enumerate(zip(rows.counts.tolist(), new, strict=False)):
+        # Zeros follow up to the end of a tile.
+        end = -(-(count + fresh) // ALIGNMENT) * ALIGNMENT
+        assert values[sequence, :, :count].any()
+        assert torch.equal(found[sequence, :, :end], values[sequence, :, :end])
+        assert torch.equal(same_keys[sequence, :, :end], keys[sequence, :, :end])
 
 
 @pytest.mark.parametrize("scheme", CacheScheme)

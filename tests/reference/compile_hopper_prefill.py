@@ -25,11 +25,12 @@ def tiles_of(element: gl.dtype) -> str:
     return f"tensordesc<{element.name}[128, 128],{layout!r}>"
 
 
-def report(element: gl.dtype) -> str:
-    """What the assembler says of the kernel for such queries, keys and values."""
+def report(element: gl.dtype, value_element: gl.dtype) -> str:
+    """What the assembler says of the kernel for such queries and keys, and such values."""
     names = hopper_prefill._attend.arg_names
-    kinds = {"qkv": f"*{element.name}", "keys": tiles_of(element), "values": tiles_of(element)}
-    kinds |= {"score_scale": "fp32", "starts": "*i32", "counts": "*i32"}
+    kinds = {"qkv": f"*{element.name}", "value_scale": "*fp32", "score_scale": "fp32"}
+    kinds |= {"keys": tiles_of(element), "values": tiles_of(value_element)}
+    kinds |= {"starts": "*i32", "counts": "*i32"}
     kinds |= {"mixed_parts": "*fp32", "softmax_parts": "*fp32"}
     kinds |= dict.fromkeys(CONSTANTS, "constexpr")
     compiled = triton.compile(
@@ -51,4 +52,4 @@ def report(element: gl.dtype) -> str:
 
 
 if __name__ == "__main__":
-    print(report(getattr(gl, sys.argv[1])))
+    print(report(getattr(gl, sys.argv[1]), getattr(gl, sys.argv[2])))

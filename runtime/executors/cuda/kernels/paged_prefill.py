@@ -26,6 +26,7 @@ from framesink.runtime.executors.cuda.kernels.overlap import await_inputs, overl
 from framesink.runtime.executors.cuda.kernels.pages import LayerPages
 from framesink.runtime.executors.cuda.kernels.rotary import RotaryTable
 from framesink.runtime.executors.cuda.kernels.tiles import DeviceRows
+from framesink.runtime.models.quantization import CacheScheme
 
 # Rows (tokens · heads of one K/V head) and keys per program.
 _ROWS = 64
@@ -62,33 +63,23 @@ def paged_prefill(
     `splits` parts (on Hopper: at most so many, two at least), by default so that they fill the GPU.
     """
     heads = out.shape[1] // pages.head_dim
+    if _is_hopper(qkv.device):
+        # Gluon is experimental: other releases of Triton may lack these modules.
+        from framesink.runtime.executors.cuda.kernels import hopper_prefill
+
+        batch = len(starts) - 1
+        if hopper_prefill.pays(qkv, longest, batch, pages.head_dim, heads, pages.key_heads):
+            fp8 = pages.scheme is CacheScheme.FP8
+            keys, values = gather_context(qkv, rotary, starts, longest, rows, pages, fp8)
+            scale = pages.codes.value_scale if fp8 and pages.codes else None
+            parts = hopper_prefill.attend(
+                qkv, keys, values, starts, longest, rows.counts, heads, splits, scale
+            )
+            combine(parts, out, output_format)
+            return
     keys, values = gather_context(qkv, rotary, starts, longest, rows, pages)
-    parts = _attend_on_hopper(qkv, keys, values, starts, longest, rows.counts, heads, splits)
-    if parts is None:
-        parts = _attend(qkv, keys, values, starts, longest, rows.counts, heads, splits)
+    parts = _attend(qkv, keys, values, starts, longest, rows.counts, heads, splits)
     combine(parts, out, output_format)
-
-
-def _attend_on_hopper(
-    qkv: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    starts: Tensor,
-    longest: int,
-    counts: Tensor,
-    heads: int,
-    splits: int | None,
-) -> Parts | None:
-    """None if `hopper_prefill` is not for this GPU or this prompt."""
-    if not _is_hopper(qkv.device):
-        return None
-    # Gluon is experimental: other releases of Triton may lack these modules.
-    from framesink.runtime.executors.cuda.kernels import hopper_prefill
-
-    batch, key_heads, _, head_dim = keys.shape
-    if not hopper_prefill.pays(qkv, longest, batch, head_dim, heads, key_heads):
-        return None
-    return hopper_prefill.attend(qkv, keys, values, starts, longest, counts, heads, splits)
 
 
 @cache

@@ -93,8 +93,8 @@ def write_row(row, first, second, scale, written, HALF: tl.constexpr, SCHEME: tl
         tl.store(row, first_kept, mask=written)
         tl.store(row + HALF, second_kept, mask=written)
     else:
-        first_code = _code_of(first / scale, SCHEME)
-        second_code = _code_of(second / scale, SCHEME)
+        first_code = code_of(first / scale, SCHEME)
+        second_code = code_of(second / scale, SCHEME)
         tl.store(row, ((second_code << 8) | first_code).to(tl.int16), mask=written)
         first_kept = _number_of(first_code, SCHEME)
         second_kept = _number_of(second_code, SCHEME)
@@ -102,7 +102,7 @@ def write_row(row, first, second, scale, written, HALF: tl.constexpr, SCHEME: tl
 
 
 @triton.jit
-def _code_of(value, SCHEME: tl.constexpr):
+def code_of(value, SCHEME: tl.constexpr):
     """Codes, each in the low byte of an int32, of float32 values that were divided by their scales:
     to the nearest, ties to even, saturating."""
     # Adding 1.5 · 2²³ leaves no bits for a fraction: the sum is rounded to a whole number.
