@@ -124,7 +124,7 @@ def _tiled(matrices: Tensor, tile: list[int]) -> TensorDescriptor:
 
 @gluon.jit(
     do_not_specialize=("room", "batch", "splits"),
-    do_not_specialize_on_alignment=("starts", "counts"),
+    do_not_specialize_on_alignment=("starts", "counts", "value_scale"),
 )
 def _attend(
     qkv,
