@@ -3,9 +3,7 @@
 Three groups of warps share a multiprocessor, as in FlashAttention-3 (arXiv 2407.08608): one copies
 tiles of keys and values, two multiply, 64 rows each, so that one makes its softmax while the other
 multiplies; and the values of a tile are multiplied beside the softmax of the tile after it.
-
-The tiles of all blocks of rows, one after another, are cut into one share for every multiprocessor
-(stream-K, arXiv 2301.03598), so that all end at once and few blocks are cut.
+`tile_shares.py` says which tiles a multiprocessor takes.
 """
 
 import torch
@@ -24,13 +22,16 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from framesink.runtime.executors.cuda.kernels.attention_parts import LOG2_E, Parts
 from framesink.runtime.executors.cuda.kernels.overlap import await_inputs, overlapping
+from framesink.runtime.executors.cuda.kernels.tile_shares import (
+    BLOCK_ROWS,
+    TILE_KEYS,
+    next_segment,
+    own_share,
+)
 
 HEAD_DIM = 128
-# Rows (tokens · heads of one K/V head) of one group of warps and of a block, keys of a tile, and
-# how many tiles of keys and of values are held at once.
+# Rows of one group of warps, and how many tiles of keys and of values are held at once.
 _GROUP_ROWS = gl.constexpr(64)
-_ROWS = gl.constexpr(128)
-_KEYS = gl.constexpr(128)
 _STAGES = gl.constexpr(2)
 _CHANNELS = gl.constexpr(HEAD_DIM)
 _WARPS = 4
@@ -62,8 +63,8 @@ def pays(qkv: Tensor, longest: int, batch: int, head_dim: int, heads: int, key_h
 
 def _most_blocks(tokens: int, longest: int, batch: int, group: int) -> int:
     """Blocks of rows of one K/V head, at most."""
-    each = triton.cdiv(longest * group, _ROWS.value)
-    return int(min(batch * each, triton.cdiv(tokens * group, _ROWS.value) + batch))
+    each = triton.cdiv(longest * group, BLOCK_ROWS.value)
+    return int(min(batch * each, triton.cdiv(tokens * group, BLOCK_ROWS.value) + batch))
 
 
 def attend(
@@ -96,8 +97,11 @@ def attend(
     parts = Parts.empty(len(qkv) * heads, splits, head_dim, qkv.device)
     _attend[(programs,)](
         qkv,
-        _tiled(keys, [_KEYS.value, HEAD_DIM]),
-        _tiled(values, [_KEYS.value, HEAD_DIM] if value_scale is None else [HEAD_DIM, _KEYS.value]),
+        _tiled(keys, [TILE_KEYS.value, HEAD_DIM]),
+        _tiled(
+            values,
+            [TILE_KEYS.value, HEAD_DIM] if value_scale is None else [HEAD_DIM, TILE_KEYS.value],
+        ),
         starts,
         counts,
         parts.values,
@@ -149,7 +153,7 @@ def _attend(
     QUERIES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_GROUP_ROWS, _CHANNELS], dtype)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     queries = gl.allocate_shared_memory(dtype, [2, _GROUP_ROWS, _CHANNELS], QUERIES)
-    k_tiles = gl.allocate_shared_memory(dtype, [_STAGES, _KEYS, _CHANNELS], keys.layout)
+    k_tiles = gl.allocate_shared_memory(dtype, [_STAGES, TILE_KEYS, _CHANNELS], keys.layout)
     shape: gl.constexpr = [_STAGES, values.block_type.shape[0], values.block_type.shape[1]]
     v_tiles = gl.allocate_shared_memory(values.dtype, shape, values.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER)
@@ -182,17 +186,17 @@ def _attend(
 def _copy(work, keys, values, room, tiles, GROUP: gl.constexpr, KEY_HEADS: gl.constexpr):
     """Copy tiles in the order in which `_multiply` wants them, as far ahead as there is room."""
     k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = tiles
-    at, end, share = _share(work, GROUP, KEY_HEADS)
+    at, end, share = own_share(work, GROUP, KEY_HEADS)
     slot = 0
     # A new barrier passes for one whose phase 1 is over.
     phase = 1
     while at < end:
-        sequence, head, _, first, amount, _, _, at = _next_segment(
+        sequence, head, _, first, amount, _, _, at = next_segment(
             work, at, end, share, GROUP, KEY_HEADS
         )
         matrix = sequence * KEY_HEADS + head
         for tile in range(amount):
-            row = (first + tile) * _KEYS
+            row = (first + tile) * TILE_KEYS
             mbarrier.wait(k_empty.index(slot), phase)
             mbarrier.expect(k_full.index(slot), keys.block_type.nbytes)
             tma.async_copy_global_to_shared(
@@ -226,24 +230,24 @@ def _multiply(
     k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = tiles
     dtype: gl.constexpr = qkv.dtype.element_ty
     CODES: gl.constexpr = v_tiles.dtype == gl.float8e4nv
-    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _KEYS, 16])
+    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KEYS, 16])
     MIXED: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], [4, 1], [16, _CHANNELS, 32 if CODES else 16]
     )
     OF_ROWS: gl.constexpr = gl.SliceLayout(1, PRODUCT)
     LOADED: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     query_tile = queries.index(WARP_GROUP)
-    at, end, share = _share(work, GROUP, KEY_HEADS)
+    at, end, share = own_share(work, GROUP, KEY_HEADS)
     slot = _STAGES - 1
     phase = 1
     while at < end:
-        sequence, head, block, first, amount, part, parts_end, at = _next_segment(
+        sequence, head, block, first, amount, part, parts_end, at = next_segment(
             work, at, end, share, GROUP, KEY_HEADS
         )
         start = gl.load(starts + sequence)
         length = gl.load(starts + sequence + 1) - start
         count = gl.load(counts + sequence)
-        first_row = block * _ROWS + WARP_GROUP * _GROUP_ROWS
+        first_row = block * BLOCK_ROWS + WARP_GROUP * _GROUP_ROWS
 
         row = first_row + gl.arange(0, _GROUP_ROWS, gl.SliceLayout(1, LOADED))
         channel = gl.arange(0, _CHANNELS, gl.SliceLayout(0, LOADED))
@@ -261,7 +265,7 @@ def _multiply(
         exists = place < length
         visible_end = count + gl.minimum(place + 1, length)
         # Tiles that the block's first row sees whole need no mask.
-        plain = (count + gl.minimum(block * _ROWS // GROUP + 1, length)) // _KEYS - first
+        plain = (count + gl.minimum(block * BLOCK_ROWS // GROUP + 1, length)) // TILE_KEYS - first
         plain = gl.maximum(gl.minimum(plain, amount), 1)
 
         slot, phase = _advance(slot, phase)
@@ -354,7 +358,7 @@ def _add_tile(
 
 @gluon.jit
 def _begin_scores(query_tile, k_tile, PRODUCT: gl.constexpr):
-    zeros = gl.zeros([_GROUP_ROWS, _KEYS], gl.float32, PRODUCT)
+    zeros = gl.zeros([_GROUP_ROWS, TILE_KEYS], gl.float32, PRODUCT)
     return warpgroup_mma(query_tile, k_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
@@ -387,8 +391,8 @@ def _weights(kept, MIXED: gl.constexpr, CODES: gl.constexpr):
     """The left side of the product with values, which a thread has in its registers already."""
     if CODES:
         # In the order in which `gather_context` stores rows.
-        kept = gl.reshape(kept, [_GROUP_ROWS, _KEYS // 16, 2, 4, 2])
-        kept = gl.reshape(gl.permute(kept, [0, 1, 3, 2, 4]), [_GROUP_ROWS, _KEYS])
+        kept = gl.reshape(kept, [_GROUP_ROWS, TILE_KEYS // 16, 2, 4, 2])
+        kept = gl.reshape(gl.permute(kept, [0, 1, 3, 2, 4]), [_GROUP_ROWS, TILE_KEYS])
         kept = gl.convert_layout(kept, gl.DotOperandLayout(0, MIXED, 4), assert_trivial=True)
         kept = gl.inline_asm_elementwise(
             """{
@@ -408,7 +412,7 @@ def _weights(kept, MIXED: gl.constexpr, CODES: gl.constexpr):
 
 @gluon.jit
 def _mask(scores, tile, visible_end, PRODUCT: gl.constexpr):
-    key = tile * _KEYS + gl.arange(0, _KEYS, gl.SliceLayout(0, PRODUCT))
+    key = tile * TILE_KEYS + gl.arange(0, TILE_KEYS, gl.SliceLayout(0, PRODUCT))
     return gl.where(key[None, :] < visible_end[:, None], scores, float("-inf"))
 
 
@@ -417,62 +421,3 @@ def _advance(slot, phase):
     """The slot after this one, and the phase its barriers will be in."""
     wraps = slot == _STAGES - 1
     return gl.where(wraps, 0, slot + 1), gl.where(wraps, phase ^ 1, phase)
-
-
-@gluon.jit
-def _size(work, sequence, GROUP: gl.constexpr):
-    """Blocks of rows of a sequence, and tiles of its context and new tokens."""
-    starts, counts, _, _ = work
-    length = gl.load(starts + sequence + 1) - gl.load(starts + sequence)
-    blocks = gl.cdiv(length * GROUP, _ROWS)
-    return blocks, gl.cdiv(gl.load(counts + sequence) + length, _KEYS)
-
-
-@gluon.jit
-def _share(work, GROUP: gl.constexpr, KEY_HEADS: gl.constexpr):
-    """Where this program's tiles begin and end among those of all blocks, heads and sequences, and
-    how many a program has: such that no block is cut into more than `splits` parts."""
-    _, _, batch, splits = work
-    total = 0
-    longest = 0
-    for sequence in range(batch):
-        blocks, tiles = _size(work, sequence, GROUP)
-        total += blocks * tiles * KEY_HEADS
-        longest = gl.maximum(longest, gl.where(blocks > 0, tiles, 0))
-    share = gl.maximum(gl.cdiv(total, gl.num_programs(0)), gl.cdiv(longest, splits - 1))
-    begin = gl.program_id(0) * share
-    return begin, gl.minimum(begin + share, total), share
-
-
-@gluon.jit
-def _next_segment(work, at, end, share, GROUP: gl.constexpr, KEY_HEADS: gl.constexpr):
-    """Tiles of one block that this program takes on from `at`: sequence, K/V head and block; the
-    first tile and how many; the part of the block that they are, and where the parts end that this
-    program writes; and what comes after."""
-    starts, counts, batch, splits = work
-    sequence = 0
-    begin = 0
-    passed = 0
-    for other in range(batch):
-        blocks, tiles = _size(work, other, GROUP)
-        size = blocks * tiles * KEY_HEADS
-        reached = (at >= passed) & (size > 0)
-        sequence = gl.where(reached, other, sequence)
-        begin = gl.where(reached, passed, begin)
-        passed += size
-    blocks, tiles = _size(work, sequence, GROUP)
-    index = (at - begin) // tiles
-    head = index // blocks
-    block = index % blocks
-    begin += index * tiles
-    first = at - begin
-    amount = gl.minimum(tiles - first, end - at)
-    part = begin // share
-    part = gl.program_id(0) - part
-    # The last part of a block marks the ones that there are not.
-    parts_end = gl.where(first + amount == tiles, splits, part + 1)
-    # What the block's last row does not see is left out, but for one tile, which is masked.
-    length = gl.load(starts + sequence + 1) - gl.load(starts + sequence)
-    seen = gl.load(counts + sequence) + gl.minimum(length, gl.cdiv((block + 1) * _ROWS, GROUP))
-    seen_amount = gl.maximum(gl.minimum(amount, gl.cdiv(seen, _KEYS) - first), 1)
-    return sequence, head, block, first, seen_amount, part, parts_end, at + amount
