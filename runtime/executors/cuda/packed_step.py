@@ -47,6 +47,8 @@ class StepShapes:
         together."""
         self._decoding = [*(size for size in _DECODING if size < sequences), sequences]
         self._longest = -(-(sequences + tokens) // _ALIGNMENT) * _ALIGNMENT
+        self._tokens_of_one_part = self._up_to_longest(_TOKEN_STEP_OF_ONE_PART)
+        self._tokens_of_parts = self._up_to_longest(_TOKEN_STEP)
         powers = (1 << power for power in range(sequences.bit_length()))
         self._parts = [*(size for size in powers if size < sequences), sequences]
 
@@ -81,7 +83,9 @@ class StepShapes:
 
     def _tokens(self, parts: int) -> list[int]:
         """The numbers of tokens of steps with so many parts, ascending."""
-        step = _TOKEN_STEP_OF_ONE_PART if parts == 1 else _TOKEN_STEP
+        return self._tokens_of_one_part if parts == 1 else self._tokens_of_parts
+
+    def _up_to_longest(self, step: int) -> list[int]:
         return [*range(step, self._longest, step), self._longest]
 
 

@@ -40,6 +40,13 @@ class Parts:
         )
 
 
+def most_blocks(tokens: int, longest: int, batch: int, group: int, block_rows: int) -> int:
+    """How many blocks of `block_rows` rows (tokens · `group` heads of one K/V head) the new tokens
+    of `batch` sequences are, at most: `tokens` together, no sequence more than `longest`."""
+    each = triton.cdiv(longest * group, block_rows)
+    return int(min(batch * each, triton.cdiv(tokens * group, block_rows) + batch))
+
+
 def combine(parts: Parts, out: Tensor, output_format: OutputFormat) -> None:
     """Put parts together into `out` `[M, H·D]`. Rows without any context become 0."""
     rows, splits, head_dim = parts.values.shape

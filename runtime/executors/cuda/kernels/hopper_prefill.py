@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from framesink.runtime.executors.cuda.kernels.attention_parts import LOG2_E, Parts
+from framesink.runtime.executors.cuda.kernels.attention_parts import LOG2_E, Parts, most_blocks
 from framesink.runtime.executors.cuda.kernels.overlap import await_inputs, overlapping
 from framesink.runtime.executors.cuda.kernels.tile_shares import (
     BLOCK_ROWS,
@@ -57,14 +57,9 @@ def pays(qkv: Tensor, longest: int, batch: int, head_dim: int, heads: int, key_h
     if qkv.dtype.itemsize != 2 or head_dim != HEAD_DIM:
         return False
     programs = torch.cuda.get_device_properties(qkv.device).multi_processor_count
-    blocks = key_heads * _most_blocks(len(qkv), longest, batch, heads // key_heads)
+    group = heads // key_heads
+    blocks = key_heads * most_blocks(len(qkv), longest, batch, group, BLOCK_ROWS.value)
     return 2 * blocks >= int(programs)
-
-
-def _most_blocks(tokens: int, longest: int, batch: int, group: int) -> int:
-    """Blocks of rows of one K/V head, at most."""
-    each = triton.cdiv(longest * group, BLOCK_ROWS.value)
-    return int(min(batch * each, triton.cdiv(tokens * group, BLOCK_ROWS.value) + batch))
 
 
 def attend(
@@ -91,7 +86,7 @@ def attend(
     group = heads // key_heads
     programs = torch.cuda.get_device_properties(qkv.device).multi_processor_count
     if splits is None:
-        blocks = key_heads * _most_blocks(len(qkv), longest, batch, group)
+        blocks = key_heads * most_blocks(len(qkv), longest, batch, group, BLOCK_ROWS.value)
         splits = min(triton.cdiv(programs, blocks) + 1, _MAX_SPLITS)
     splits = max(splits, 2)
     parts = Parts.empty(len(qkv) * heads, splits, head_dim, qkv.device)

@@ -19,6 +19,7 @@ from framesink.runtime.executors.cuda.kernels.attention_parts import (
     Parts,
     add_tile,
     combine,
+    most_blocks,
 )
 from framesink.runtime.executors.cuda.kernels.formats import OutputFormat
 from framesink.runtime.executors.cuda.kernels.gather_context import gather_context
@@ -106,8 +107,8 @@ def _attend(
     group = heads // key_heads
     blocks = triton.cdiv(longest * group, _ROWS)
     if splits is None:
-        busy = min(batch * blocks, triton.cdiv(len(qkv) * group, _ROWS) + batch)
-        splits = _choose_splits(busy * key_heads, room, qkv.device)
+        busy = key_heads * most_blocks(len(qkv), longest, batch, group, _ROWS)
+        splits = _choose_splits(busy, room, qkv.device)
     parts = Parts.empty(len(qkv) * heads, splits, head_dim, qkv.device)
     _paged_prefill[(blocks, splits, batch * key_heads)](
         qkv,
