@@ -106,5 +106,6 @@ def test_it_is_a_column_of_the_table() -> None:
     report = StreamsReport("cuda", (56, 56), 1.0, 100, 4, None, True, (result,), memory)
     table = streams_table(report)
     cells = {str(column.header): next(iter(column.cells)) for column in table.columns}
-    assert cells["power"] == "688 of 700 W"
-    assert cells["clock"] == "1.63 of 1.98 GHz"
+    assert cells["power"] == "688 W"
+    assert cells["clock"] == "1.63 GHz"
+    assert table.caption == "GPU: at most 700 W and 1.98 GHz"

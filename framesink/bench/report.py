@@ -134,8 +134,11 @@ def streams_table(report: StreamsReport) -> Table:
     shares = [result.shares for result in report.results if result.shares is not None]
     kinds = sorted({name for share in shares for name in share.steps})
     parts = [*kinds, "vision", "host", "idle", "(beside)"] if shares else []
-    measured = any(result.power is not None for result in report.results)
-    parts += ["power", "clock"] if measured else []
+    powers = [result.power for result in report.results if result.power is not None]
+    if powers:
+        parts += ["power", "clock"]
+        limit, highest = powers[0].limit, powers[0].highest
+        table.caption = f"GPU: at most {limit:.0f} W and {highest / 1e9:.2f} GHz"
     for name in ("streams", "chunk p50", "p99", "TTFT p50", "ITL p50", "batch", "late", *parts):
         table.add_column(name, justify="right")
     for result in report.results:
@@ -160,13 +163,8 @@ def streams_table(report: StreamsReport) -> Table:
 
 
 def _power_cells(power: GpuPower | None) -> list[str]:
-    """What was drawn, and the clock, of the most there may be."""
-    if power is None:
-        return []
-    return [
-        f"{power.watts:.0f} of {power.limit:.0f} W",
-        f"{power.clock / 1e9:.2f} of {power.highest / 1e9:.2f} GHz",
-    ]
+    """What was drawn, and the clock."""
+    return [] if power is None else [f"{power.watts:.0f} W", f"{power.clock / 1e9:.2f} GHz"]
 
 
 def _time_table(title: str, rows: Sequence[tuple[str, Quantiles]]) -> Table:
