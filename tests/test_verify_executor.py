@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch", reason="the executors compared run in torch
 from reference import triton_device  # noqa: E402, F401, I001
 from fake import gpu_machine  # noqa: E402
 from fake import tensorrt as stand_in  # noqa: E402
-from reference import plain_kernels  # noqa: E402
+from reference.cpu_executor import cpu_executor  # noqa: E402
 
 from framesink.build.footage import Footage  # noqa: E402
 from framesink.build.gate import DEFAULT_GATE  # noqa: E402
@@ -24,8 +24,6 @@ from framesink.cli.main import framesink  # noqa: E402
 from framesink.runtime.arrays import Float32Array  # noqa: E402
 from framesink.runtime.bundle import Bundle  # noqa: E402
 from framesink.runtime.executors.base import Executor, SequenceInput  # noqa: E402
-from framesink.runtime.executors.cuda.executor import CudaExecutor  # noqa: E402
-from framesink.runtime.executors.cuda.weight_source import BundleWeights  # noqa: E402
 from framesink.runtime.executors.onnxruntime import OnnxRuntimeExecutor  # noqa: E402
 
 
@@ -71,20 +69,7 @@ def test_cuda_is_compared_too(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
     def create(bundle: Bundle, name: str, *, num_pages: int) -> tuple[Executor, str]:
         if name == "onnxruntime":
             return OnnxRuntimeExecutor.from_bundle(bundle, num_pages=num_pages, threads=1), ""
-        manifest, device = bundle.manifest, torch.device("cpu")
-        executor = CudaExecutor(
-            manifest.model,
-            manifest.preprocess,
-            BundleWeights(bundle, device),
-            manifest.limits,
-            num_pages=num_pages,
-            page_size=manifest.page_size,
-            dtype=torch.float32,
-            vision_dtype=torch.float32,
-            device=device,
-            operations=plain_kernels,
-        )
-        return executor, "cuda over plain kernels."
+        return cpu_executor(bundle, num_pages=num_pages), "cuda over plain kernels."
 
     monkeypatch.setattr("framesink.build.verify_executor.create_executor", create)
     bundle = Bundle.open(tiny_bundle, check="sizes")

@@ -15,6 +15,7 @@ from framesink.runtime.kv.span import PREFIX_TURN, Span, SpanKind, SpanPart
 from framesink.runtime.policies.base import (
     MIN_TURNS,
     TurnProfile,
+    is_previous_words,
     require_turns,
     turns_in,
 )
@@ -52,11 +53,11 @@ class SinkWindow:
         close: list[Span] = []
         turns: list[Span] = []
         for span in spans:
-            if span.turn == PREFIX_TURN:
-                if span.kind is not SpanKind.PREVIOUS_TEXT or span.part is SpanPart.OPEN:
-                    prefix.append(span)
-                else:
-                    (words if span.part is SpanPart.BODY else close).append(span)
+            if is_previous_words(span):
+                words.append(span)
+            elif span.turn == PREFIX_TURN:
+                after_words = span.kind is SpanKind.PREVIOUS_TEXT and span.part is SpanPart.CLOSE
+                (close if after_words else prefix).append(span)
             elif span.kind is SpanKind.REPLY and span.part is SpanPart.BODY:
                 if span.turn > last_old_reply:
                     turns.append(span)
@@ -68,14 +69,14 @@ class SinkWindow:
 
     def _cut(self, words: list[Span]) -> list[Span]:
         """Leave the middle out, so that the sink and the recent tokens stay."""
-        total = sum([span.tokens.size for span in words])
+        total = sum(len(span) for span in words)
         sink_end, recent_start = self.sink_text, total - self.recent_text
         if recent_start <= sink_end:
             return words
         kept = []
         start = 0
         for span in words:
-            stop = start + span.tokens.size
+            stop = start + len(span)
             if stop <= sink_end or start >= recent_start:
                 kept.append(span)
             else:
