@@ -22,12 +22,13 @@ def test_ending_a_session_answers_whoever_waits_and_frees_its_pages() -> None:
         until(lambda: at.engine.stats().pages_used > 0)
         ended = at.end(3)
         after = at.chunk(3, 9)
+        # It is refused once the end was taken; before, the first chunk could be answered.
+        assert after.code is StatusCode.NOT_FOUND
         executor.gate.set()
         assert ended.code is None
         assert at.engine.stats().pages_used == 0
         assert [answer.code for answer in waiting] == [StatusCode.CANCELLED] * 3
         assert "ended by its client" in waiting[0].sentence
-        assert after.code is StatusCode.NOT_FOUND
         at.open(3)  # the number is free again
 
 
