@@ -78,7 +78,8 @@ class Session:
         self._link.send_finish()
 
     def cancel(self) -> None:
-        """Give up the replies under way: no event of theirs comes any more. The session goes on."""
+        """Give up the replies under way: no event of theirs comes any more, and chunks that the
+        server has not taken are dropped. The session goes on."""
         self._link.cancel()
 
     def resume(self) -> None:
